@@ -12,7 +12,7 @@ use kms_store::{PinFailure, Store, StoreError};
 use tokio::runtime::Handle;
 use zeroize::Zeroizing;
 
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 
 /// Remembers refused PINs as Argon2id (RFC 9106) with a random salt, of HMAC-SHA-256 of the PIN
 /// under a key that is not in the database.
@@ -98,7 +98,8 @@ impl PinMemory for StoredPinMemory {
                 .map_err(|error| error.to_string())
         });
         let outcome = phc.and_then(|phc| {
-            let failure = PinFailure { token: self.row(token_serial), user_type: CKU_USER, phc, time: Island::now() };
+            let failure =
+                PinFailure { token: self.row(token_serial), user_type: CKU_USER, phc, time: IslandContext::now() };
             self.runtime.block_on(self.store.put_pin_failure(&failure)).map_err(|error| error.to_string())
         });
         if let Err(error) = outcome {
@@ -164,7 +165,8 @@ mod tests {
         };
         for (tried, refused) in [("123456", true), ("123457", false)] {
             let phc = Argon2::default().hash_password_with_salt(b"123456", &[7; 16]).unwrap().to_string();
-            let failure = PinFailure { token: "TOKEN".to_owned(), user_type: CKU_USER, phc, time: Island::now() };
+            let failure =
+                PinFailure { token: "TOKEN".to_owned(), user_type: CKU_USER, phc, time: IslandContext::now() };
             runtime.block_on(store.put_pin_failure(&failure)).unwrap();
             assert_eq!(memory.was_refused("TOKEN", &Pin::new(tried.to_owned())), refused);
             assert_eq!(runtime.block_on(store.pin_failure("TOKEN", CKU_USER)), Ok(None));

@@ -50,7 +50,7 @@ use kms_service::campaign::CampaignService;
 use kms_service::certificate::CertificateAuthority;
 use kms_service::certificate::signing::IssuedCertificate;
 use kms_service::certificate_end::{CertificateWatch, ServerCertificate};
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::island_keys::{IslandKeys, IslandKeysError};
 use kms_service::officers::Recertification;
 use kms_service::owner::OwnerService;
@@ -70,7 +70,7 @@ pub struct Server {
     authority: CertificateAuthority,
     policy: Policy,
     profiles: Profiles,
-    opened: watch::Sender<Option<Arc<Island>>>,
+    opened: watch::Sender<Option<Arc<IslandContext>>>,
 }
 
 impl Server {
@@ -102,7 +102,7 @@ impl Server {
     }
 
     /// A watch that gets the island when it is open.
-    pub fn opened(&self) -> watch::Receiver<Option<Arc<Island>>> {
+    pub fn opened(&self) -> watch::Receiver<Option<Arc<IslandContext>>> {
         self.opened.subscribe()
     }
 
@@ -228,7 +228,7 @@ struct Opening {
 
 impl Opening {
     /// Tries to open the island until database and tokens answer.
-    async fn until_open(self, gate: &Gate) -> Result<Arc<Island>, ServerError> {
+    async fn until_open(self, gate: &Gate) -> Result<Arc<IslandContext>, ServerError> {
         let mut failures = Repetition::default();
         let store = loop {
             match kms_store::open(&self.config.storage.store()?).await {
@@ -285,7 +285,7 @@ impl Opening {
         }
         let policy = Arc::new(ArcSwap::from_pointee(self.policy));
         let door = Door::new(committer.clone(), Arc::clone(&store), Arc::clone(&policy));
-        let island = Arc::new(Island {
+        let island = Arc::new(IslandContext {
             row: ArcSwap::from_pointee(keys.row),
             hsm,
             store,
@@ -352,7 +352,7 @@ pub async fn recertify_officer(
     let authority = read_authority(config)?;
     without_serving(config, config.restore(), async move |hsm, committer, store| {
         authority.check_key(hsm).await?;
-        Ok(recertification.run(&authority, hsm, committer, store, Island::now()).await?)
+        Ok(recertification.run(&authority, hsm, committer, store, IslandContext::now()).await?)
     })
     .await
 }
@@ -468,7 +468,7 @@ async fn keep_learning(store: &Arc<dyn Store>, hsm: &Hsm, committer: &Committer)
 
 /// Tells load balancers whether the island is ready: its tokens are usable and its last transaction
 /// was committed.
-async fn report_health(health: &HealthReporter, island: &Island) -> Result<Infallible, ServerError> {
+async fn report_health(health: &HealthReporter, island: &IslandContext) -> Result<Infallible, ServerError> {
     let mut known = None;
     loop {
         let tokens = island.hsm.all_tokens().iter().all(|token| token.state().borrow().is_usable());
@@ -489,7 +489,7 @@ async fn report_health(health: &HealthReporter, island: &Island) -> Result<Infal
 struct Gate {
     always: Routes,
     /// The services and the island. Their refusals are recorded (I2).
-    island: Arc<OnceLock<(Routes, Arc<Island>)>>,
+    island: Arc<OnceLock<(Routes, Arc<IslandContext>)>>,
     intake: Intake,
 }
 

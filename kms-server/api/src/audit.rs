@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status};
 use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::{
     audit_log::{AuditLog, LogPlace, LogQuery},
     scrub::Scrubber,
@@ -23,19 +23,19 @@ use kms_service::{
 
 /// The service over gRPC.
 pub(crate) struct AuditApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     log: AuditLog,
     scrubber: Scrubber,
 }
 
 impl AuditApi {
     /// The service of this island.
-    pub(crate) fn new(island: Arc<Island>) -> Self {
+    pub(crate) fn new(island: Arc<IslandContext>) -> Self {
         Self { log: AuditLog::new(island.clone()), scrubber: Scrubber::new(island.clone()), island }
     }
 
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ServiceError> {
-        caller_of(request, self.island.name(), Island::now())
+        caller_of(request, self.island.name(), IslandContext::now())
     }
 }
 

@@ -35,23 +35,23 @@ use kms_base::error::ServiceError;
 use kms_service::campaign::{
     CampaignService, Change, LeaseQuery, NewCampaign, PlanPlace, ReportQuery, TaskLease, days_before,
 };
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 
 /// Both services over gRPC.
 #[derive(Clone)]
 pub(crate) struct CampaignApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     service: CampaignService,
 }
 
 impl CampaignApi {
     /// The service of this island.
-    pub(crate) fn new(island: Arc<Island>) -> Self {
+    pub(crate) fn new(island: Arc<IslandContext>) -> Self {
         Self { service: CampaignService::new(island.clone()), island }
     }
 
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ServiceError> {
-        caller_of(request, self.island.name(), Island::now())
+        caller_of(request, self.island.name(), IslandContext::now())
     }
 
     async fn change(
@@ -260,7 +260,7 @@ impl TaskRpc for CampaignApi {
                 // ends open streams.
                 let Ok(room) = answers.reserve().await else { return };
                 drop(room);
-                next = if caller.not_after <= Island::now() {
+                next = if caller.not_after <= IslandContext::now() {
                     Err(ServiceError::unauthenticated("the client certificate has expired; renew it").into())
                 } else {
                     service.lease(&caller, query).await.map(|tasks| LeaseTasksResponse { tasks }).map_err(Status::from)
@@ -367,7 +367,7 @@ fn parse_selection(selection: &v1::CampaignSelection) -> Result<CampaignSelectio
         batch: Some(selection.batch.clone()).filter(|batch| !batch.is_empty()),
         active_before: Some(selection.older_than_days)
             .filter(|days| *days > 0)
-            .map(|days| days_before(days, Island::now())),
+            .map(|days| days_before(days, IslandContext::now())),
         exposed_to: given("exposed_to", &selection.exposed_to, party)?,
         exposed_by: given("exposed_by", &selection.exposed_by, reason)?,
         imported: selection.imported,

@@ -15,7 +15,7 @@ use crate::parse::parse_setup;
 use crate::peer::caller_of;
 use kms_authz::Purpose;
 use kms_base::error::ServiceError;
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::{
     frame::unprotect::{ReceivedContent, ReceivedFrame},
     frame::{self, FrameOutcome, FrameService, PlainContent},
@@ -24,13 +24,13 @@ use kms_service::{
 
 /// The service over gRPC.
 pub(crate) struct FrameApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     service: FrameService,
 }
 
 impl FrameApi {
     /// The service of this island.
-    pub(crate) fn new(island: Arc<Island>) -> Self {
+    pub(crate) fn new(island: Arc<IslandContext>) -> Self {
         Self { service: FrameService::new(island.clone()), island }
     }
 }
@@ -38,7 +38,7 @@ impl FrameApi {
 #[tonic::async_trait]
 impl Rpc for FrameApi {
     async fn protect(&self, request: Request<ProtectRequest>) -> Result<Response<ProtectResponse>, Status> {
-        let caller = caller_of(&request, self.island.name(), Island::now())?;
+        let caller = caller_of(&request, self.island.name(), IslandContext::now())?;
         let message = request.into_inner();
         let digest = request_digest(&[
             b"Protect",
@@ -62,7 +62,7 @@ impl Rpc for FrameApi {
     }
 
     async fn unprotect(&self, request: Request<UnprotectRequest>) -> Result<Response<UnprotectResponse>, Status> {
-        let caller = caller_of(&request, self.island.name(), Island::now())?;
+        let caller = caller_of(&request, self.island.name(), IslandContext::now())?;
         let message = request.into_inner();
         let purpose = Purpose::from_proto(message.purpose).map_err(ServiceError::parse("purpose"))?;
         check_count(message.frames.len())?;

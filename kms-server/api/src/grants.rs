@@ -19,23 +19,23 @@ use kms_base::error::ServiceError;
 use kms_service::grant::deliver::Granted;
 use kms_service::grant::terms::{GrantChunk, GrantTargets, SessionTerms};
 use kms_service::grant::{GrantQuery, GrantService};
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::request_digest::request_digest;
 
 /// The service over gRPC.
 pub(crate) struct GrantApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     service: GrantService,
 }
 
 impl GrantApi {
     /// The service of this island.
-    pub(crate) fn new(island: Arc<Island>) -> Self {
+    pub(crate) fn new(island: Arc<IslandContext>) -> Self {
         Self { service: GrantService::new(island.clone()), island }
     }
 
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ServiceError> {
-        caller_of(request, self.island.name(), Island::now())
+        caller_of(request, self.island.name(), IslandContext::now())
     }
 }
 
@@ -160,7 +160,7 @@ impl Rpc for GrantApi {
                     let _turn = batch.turn().await;
                     // Revocation also ends open streams: an expired certificate ends them here, and
                     // each chunk reads the principal's row again.
-                    if caller.not_after <= Island::now() {
+                    if caller.not_after <= IslandContext::now() {
                         let reason =
                             format!("the client certificate has expired; renew it at island {}", island.name());
                         return Err(Status::from(ServiceError::unauthenticated(reason)));

@@ -11,21 +11,21 @@ use tonic::{Request, Response, Status};
 use crate::peer::caller_of;
 use kms_authz::Action;
 use kms_base::error::ServiceError;
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 
 /// The service over gRPC.
 pub(crate) struct HsmApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
 }
 
 impl HsmApi {
     /// The service of this island.
-    pub(crate) const fn new(island: Arc<Island>) -> Self {
+    pub(crate) const fn new(island: Arc<IslandContext>) -> Self {
         Self { island }
     }
 
     async fn permit<T>(&self, request: &Request<T>, action: Action) -> Result<(), ServiceError> {
-        let caller = caller_of(request, self.island.name(), Island::now())?;
+        let caller = caller_of(request, self.island.name(), IslandContext::now())?;
         self.island.require(&caller, &action).await.map(drop)
     }
 }

@@ -31,7 +31,7 @@ use kms_authz::Caller;
 use kms_base::bounds::Limits;
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Never, Permit, View};
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 
 /// A call of which only the caller is known. The door refuses it if the caller is no enabled
 /// principal.
@@ -87,7 +87,7 @@ impl Intake {
     pub async fn serve(
         self,
         request: http::Request<Body>,
-        island: Option<Arc<Island>>,
+        island: Option<Arc<IslandContext>>,
         mut routes: Routes,
     ) -> http::Response<Body> {
         let peer = request.extensions().get::<Peer>();
@@ -129,7 +129,7 @@ impl Intake {
     async fn receive(
         &self,
         request: http::Request<Body>,
-        island: Option<&Island>,
+        island: Option<&IslandContext>,
         connection: &Arc<ConnectionUse>,
     ) -> Result<(http::Request<Body>, Option<Reservation>), Status> {
         if let Some(island) = island {
@@ -158,8 +158,9 @@ impl Intake {
     /// Refuses callers that are not enabled principals, before their message is read. Other faults
     /// of a principal's row, and a database that does not answer, are found and recorded by the use
     /// case.
-    async fn check_caller(&self, island: &Island, extensions: &http::Extensions) -> Result<(), ServiceError> {
-        let caller = Caller::of(extensions.get::<Peer>().map(|peer| &*peer.certificate), island.name(), Island::now())?;
+    async fn check_caller(&self, island: &IslandContext, extensions: &http::Extensions) -> Result<(), ServiceError> {
+        let caller =
+            Caller::of(extensions.get::<Peer>().map(|peer| &*peer.certificate), island.name(), IslandContext::now())?;
         let known = {
             let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             known

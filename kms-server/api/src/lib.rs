@@ -45,11 +45,11 @@ use tonic::service::Routes;
 
 use kms_base::bounds::{Bound, Limits};
 use kms_service::certificate::CertificateAuthority;
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::principal::Principals;
 
 /// All services of an island.
-pub fn routes(island: Arc<Island>, authority: CertificateAuthority, limits: &Limits) -> Routes {
+pub fn routes(island: Arc<IslandContext>, authority: CertificateAuthority, limits: &Limits) -> Routes {
     // `intake` compares each message with the bound of its method. This bound is the second line.
     let most = limits.number(Bound::LargeMessageOctets);
     let principals = Arc::new(Principals::new(Arc::clone(&island), authority, limits.principal_days()));

@@ -13,25 +13,25 @@ use crate::parse::{self, parse_group_name, parse_optional_reason, parse_setup};
 use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::meter::{
     Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Filter, MeterService, NewMeter, Selection,
 };
 
 /// The service over gRPC.
 pub(crate) struct MeterApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     service: MeterService,
 }
 
 impl MeterApi {
     /// The service of this island.
-    pub(crate) fn new(island: Arc<Island>) -> Self {
+    pub(crate) fn new(island: Arc<IslandContext>) -> Self {
         Self { service: MeterService::new(island.clone()), island }
     }
 
     fn caller<T>(&self, request: &tonic::Request<T>) -> Result<Caller, ServiceError> {
-        caller_of(request, self.island.name(), Island::now())
+        caller_of(request, self.island.name(), IslandContext::now())
     }
 }
 

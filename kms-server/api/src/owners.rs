@@ -13,7 +13,7 @@ use crate::parse::{self, parse_group_name, parse_setup};
 use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::{
     meter::{Membership, MeterService},
     owner::{NamedGroupKey, NewDeviceType, NewOwnerKey, OwnerService, Switch},
@@ -22,19 +22,19 @@ use kms_service::{
 /// Both services over gRPC. Clones share the cache of groups.
 #[derive(Clone)]
 pub(crate) struct OwnerApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     service: OwnerService,
     meters: MeterService,
 }
 
 impl OwnerApi {
     /// The service of this island.
-    pub(crate) fn new(island: Arc<Island>) -> Self {
+    pub(crate) fn new(island: Arc<IslandContext>) -> Self {
         Self { service: OwnerService::new(island.clone()), meters: MeterService::new(island.clone()), island }
     }
 
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ServiceError> {
-        caller_of(request, self.island.name(), Island::now())
+        caller_of(request, self.island.name(), IslandContext::now())
     }
 }
 

@@ -12,7 +12,7 @@ use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::certificate::request::CertificationRequest;
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::principal::key::ProposedKey;
 use kms_service::principal::{NewPrincipal, Principals, parse_shipment_key};
 
@@ -28,7 +28,7 @@ impl PrincipalApi {
     }
 
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ServiceError> {
-        caller_of(request, self.principals.island().name(), Island::now())
+        caller_of(request, self.principals.island().name(), IslandContext::now())
     }
 }
 

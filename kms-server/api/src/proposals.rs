@@ -15,22 +15,22 @@ use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::approval::{Change, ProposalService};
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 
 /// The service over gRPC.
 pub(crate) struct ProposalApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     service: ProposalService,
 }
 
 impl ProposalApi {
     /// The service of this island.
-    pub(crate) fn new(island: Arc<Island>) -> Self {
+    pub(crate) fn new(island: Arc<IslandContext>) -> Self {
         Self { service: ProposalService::new(island.clone()), island }
     }
 
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ServiceError> {
-        caller_of(request, self.island.name(), Island::now())
+        caller_of(request, self.island.name(), IslandContext::now())
     }
 }
 

@@ -16,23 +16,23 @@ use crate::parse::{self, parse_reason};
 use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::root::{Change, Destruction, RootService};
 
 /// The service over gRPC.
 pub(crate) struct RootApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     service: RootService,
 }
 
 impl RootApi {
     /// The service of this island.
-    pub(crate) fn new(island: Arc<Island>) -> Self {
+    pub(crate) fn new(island: Arc<IslandContext>) -> Self {
         Self { service: RootService::new(Arc::clone(&island)), island }
     }
 
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ServiceError> {
-        caller_of(request, self.island.name(), Island::now())
+        caller_of(request, self.island.name(), IslandContext::now())
     }
 }
 

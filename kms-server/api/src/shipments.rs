@@ -15,23 +15,23 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::shipment::{ShipmentService, UploadStart};
 
 /// The service over gRPC.
 pub(crate) struct ShipmentApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     service: ShipmentService,
 }
 
 impl ShipmentApi {
     /// The service of this island.
-    pub(crate) fn new(island: Arc<Island>) -> Self {
+    pub(crate) fn new(island: Arc<IslandContext>) -> Self {
         Self { service: ShipmentService::new(island.clone()), island }
     }
 
     fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ServiceError> {
-        caller_of(request, self.island.name(), Island::now())
+        caller_of(request, self.island.name(), IslandContext::now())
     }
 }
 

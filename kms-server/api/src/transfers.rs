@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 use crate::parse::parse_setup;
 use crate::peer::caller_of;
 use kms_base::error::ServiceError;
-use kms_service::island::Island;
+use kms_service::island::IslandContext;
 use kms_service::{
     request_digest::request_digest,
     transfer::{NextStep, Order, Report, ReportedAnswer, Sending, SendingKind, StepAnswer, TransferService},
@@ -22,13 +22,13 @@ use kms_service::{
 
 /// The service over gRPC.
 pub(crate) struct TransferApi {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     service: TransferService,
 }
 
 impl TransferApi {
     /// The service of this island.
-    pub(crate) fn new(island: Arc<Island>) -> Self {
+    pub(crate) fn new(island: Arc<IslandContext>) -> Self {
         Self { service: TransferService::new(island.clone()), island }
     }
 }
@@ -39,7 +39,7 @@ impl Rpc for TransferApi {
         &self,
         request: Request<BeginTransfersRequest>,
     ) -> Result<Response<BeginTransfersResponse>, Status> {
-        let caller = caller_of(&request, self.island.name(), Island::now())?;
+        let caller = caller_of(&request, self.island.name(), IslandContext::now())?;
         let message = request.into_inner();
         let digest = request_digest(&[
             b"BeginTransfers",
@@ -64,7 +64,7 @@ impl Rpc for TransferApi {
         &self,
         request: Request<ContinueTransfersRequest>,
     ) -> Result<Response<ContinueTransfersResponse>, Status> {
-        let caller = caller_of(&request, self.island.name(), Island::now())?;
+        let caller = caller_of(&request, self.island.name(), IslandContext::now())?;
         let reports = request
             .into_inner()
             .reports
@@ -84,7 +84,7 @@ impl Rpc for TransferApi {
         &self,
         request: Request<WithdrawTransfersRequest>,
     ) -> Result<Response<WithdrawTransfersResponse>, Status> {
-        let caller = caller_of(&request, self.island.name(), Island::now())?;
+        let caller = caller_of(&request, self.island.name(), IslandContext::now())?;
         let message = request.into_inner();
         let request = RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?;
         if message.reason.len() > LONGEST_REASON {

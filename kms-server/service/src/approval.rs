@@ -16,7 +16,7 @@ use super::{
     principal::{key::confirm, people::counted_person},
     proposal::{ended, execute, message, missing, proposal_row, refused},
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Entry, Known, Permit, View};
@@ -24,7 +24,7 @@ use kms_ledger::{Act, Asker, Decision, Entry, Known, Permit, View};
 /// Proposals of an island.
 #[derive(Clone)]
 pub struct ProposalService {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
 }
 
 /// A change of a proposal by an officer.
@@ -57,7 +57,7 @@ impl Change {
     fn apply(
         &self,
         view: &mut View<'_, '_>,
-        island: &Island,
+        island: &IslandContext,
         permit: &Permit,
         id: ProposalId,
     ) -> Result<Entry, ServiceError> {
@@ -106,7 +106,7 @@ impl Change {
 
 impl ProposalService {
     /// Proposals of an island.
-    pub const fn new(island: Arc<Island>) -> Self {
+    pub const fn new(island: Arc<IslandContext>) -> Self {
         Self { island }
     }
 
@@ -134,7 +134,7 @@ impl ProposalService {
         }
         // Ids are time-ordered (UUID version 7).
         proposals.retain(|proposal| before.is_none_or(|before| proposal.id.octets() < before.octets()));
-        let now = Island::now();
+        let now = IslandContext::now();
         Ok(proposals.iter().rev().take(limit).map(|proposal| message(proposal, now)).collect())
     }
 
@@ -145,7 +145,7 @@ impl ProposalService {
     #[boxed]
     pub async fn show(&self, caller: &Caller, id: ProposalId) -> Result<v1::Proposal, ServiceError> {
         self.island.require(caller, &Action::ListProposals).await?;
-        Ok(message(&*self.load(id).await?, Island::now()))
+        Ok(message(&*self.load(id).await?, IslandContext::now()))
     }
 
     /// Approves, withdraws or executes a proposal. A repeated request changes nothing more.
@@ -177,7 +177,7 @@ impl ProposalService {
 
 /// The act of an officer that changes a proposal.
 struct ChangeProposal {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     id: ProposalId,
     change: Change,
     /// The meter that the proposal is about.

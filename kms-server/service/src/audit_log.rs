@@ -9,7 +9,7 @@ use kms_proto::v1::{AuditRecord, audit_record::Event};
 use kms_store::{AuditCursor, AuditFilter, AuditRow};
 use prost::Message as _;
 
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
 
@@ -68,12 +68,12 @@ impl LogPlace {
 /// Reads the log of an island.
 #[derive(Clone)]
 pub struct AuditLog {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
 }
 
 impl AuditLog {
     /// The log of an island.
-    pub const fn new(island: Arc<Island>) -> Self {
+    pub const fn new(island: Arc<IslandContext>) -> Self {
         Self { island }
     }
 
@@ -141,7 +141,7 @@ fn names(record: &AuditRecord, meter: SystemTitle) -> bool {
 
 /// Reads the log in its order, or in reverse, between two places.
 struct Reader<'a> {
-    island: &'a Island,
+    island: &'a IslandContext,
     newest_first: bool,
     place: LogPlace,
     end: bool,
@@ -149,7 +149,7 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     /// A reader for a query; `None`: the log has nothing for it.
-    async fn new(island: &'a Island, query: &LogQuery) -> Result<Option<Self>, ServiceError> {
+    async fn new(island: &'a IslandContext, query: &LogQuery) -> Result<Option<Self>, ServiceError> {
         let place = match query.after {
             Some(place) => place,
             None if query.from.is_none() && query.to.is_none() => LogPlace::whole(query.newest_first),
@@ -204,7 +204,7 @@ mod tests {
     const DAY: i64 = 86_400_000;
 
     /// A record of a change of a meter by a server.
-    async fn change(island: &Island, number: u64) {
+    async fn change(island: &IslandContext, number: u64) {
         let event = MetersChanged {
             meters: vec![meter(number).octets().to_vec().into()],
             change: "test".to_owned(),
@@ -263,7 +263,7 @@ mod tests {
             assert!(matches!(back.first().unwrap().event, Some(Event::MetersChanged(_))), "the last that was done is the newest");
             back.reverse();
             assert_eq!(all, back);
-            assert!(all.iter().any(|record| record.time_ms > Island::now().0), "what was written while the clock was ahead is shown");
+            assert!(all.iter().any(|record| record.time_ms > IslandContext::now().0), "what was written while the clock was ahead is shown");
 
             // Both jumps, each before what was done then.
             let mut by_process = jumps(&all);
@@ -280,13 +280,13 @@ mod tests {
             assert_eq!(told, 1);
 
             // Times select by what the records say.
-            let later = walk(&island, LogQuery { limit: 3, from: Some(Island::now().after(DAY / 2)), ..LogQuery::default() }).await;
-            let expected: Vec<_> = all.iter().filter(|record| record.time_ms > Island::now().after(DAY / 2).0).cloned().collect();
+            let later = walk(&island, LogQuery { limit: 3, from: Some(IslandContext::now().after(DAY / 2)), ..LogQuery::default() }).await;
+            let expected: Vec<_> = all.iter().filter(|record| record.time_ms > IslandContext::now().after(DAY / 2).0).cloned().collect();
             assert_eq!(later, expected);
             assert!(later.iter().any(|record| matches!(record.event, Some(Event::MetersChanged(_)))));
-            let query = LogQuery { limit: 3, to: Some(Island::now().after(DAY / 2)), newest_first: true, ..LogQuery::default() };
+            let query = LogQuery { limit: 3, to: Some(IslandContext::now().after(DAY / 2)), newest_first: true, ..LogQuery::default() };
             assert_eq!(walk(&island, query).await.len() + later.len(), walk(&island, LogQuery { limit: 100, ..LogQuery::default() }).await.len());
-            let nothing = LogQuery { limit: 3, from: Some(Island::now().after(5 * DAY)), ..LogQuery::default() };
+            let nothing = LogQuery { limit: 3, from: Some(IslandContext::now().after(5 * DAY)), ..LogQuery::default() };
             assert_eq!(walk(&island, nothing).await, []);
             let of_meter = walk(&island, LogQuery { limit: 3, meter: Some(meter(1)), ..LogQuery::default() }).await;
             assert_eq!(of_meter.len(), 2, "its import and its change");

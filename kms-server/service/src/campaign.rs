@@ -36,7 +36,7 @@ pub use self::{
 };
 pub use super::Request;
 use super::{owner::NewGroupVersion, principal::people::counted_person};
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Known, Permit, View};
@@ -44,7 +44,7 @@ use kms_ledger::{Act, Asker, Decision, Known, Permit, View};
 /// The use cases of campaigns. Clones share the plans that were verified.
 #[derive(Clone)]
 pub struct CampaignService {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     plans: Arc<Mutex<HashMap<CampaignId, PlanLinks>>>,
 }
 
@@ -137,7 +137,7 @@ impl Change {
 
 impl CampaignService {
     /// Campaigns of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    pub fn new(island: Arc<IslandContext>) -> Self {
         Self { island, plans: Arc::default() }
     }
 
@@ -261,7 +261,7 @@ impl Act for ChangeCampaign {
 
 /// All campaigns, oldest first. A campaign whose row does not verify is left out; the scrub reports
 /// it (I5).
-async fn all(island: &Island) -> Result<Vec<Arc<Campaign>>, ServiceError> {
+async fn all(island: &IslandContext) -> Result<Vec<Arc<Campaign>>, ServiceError> {
     let mut campaigns = Vec::new();
     let mut after = None;
     loop {
@@ -280,7 +280,7 @@ async fn all(island: &Island) -> Result<Vec<Arc<Campaign>>, ServiceError> {
 /// # Errors
 /// The database cannot be reached.
 #[boxed]
-pub async fn unfinished(island: &Island) -> Result<Vec<CampaignId>, ServiceError> {
+pub async fn unfinished(island: &IslandContext) -> Result<Vec<CampaignId>, ServiceError> {
     let begun = |campaign: &Arc<Campaign>| matches!(campaign.state, CampaignState::Running | CampaignState::Paused);
     Ok(all(island).await?.iter().filter(|campaign| begun(campaign)).map(|campaign| campaign.id).collect())
 }

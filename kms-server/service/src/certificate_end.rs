@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 use super::certificate::request::CertificationRequest;
 use super::certificate::signing::IssuedCertificate;
 use super::certificate::{CertificateAuthority, Validity};
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 use kms_base::files;
 use kms_ledger::{Committer, Decision, ServerAct};
@@ -50,7 +50,7 @@ impl ServerCertificate {
     ) -> Result<IssuedCertificate, ServiceError> {
         let names = self.current()?.names;
         let request = self.request()?;
-        let validity = Validity::days(Island::now(), self.days);
+        let validity = Validity::days(IslandContext::now(), self.days);
         let issued = authority.server(hsm.island(), &names, &request, validity)?.sign(hsm).await?;
         let record = PrincipalChanged {
             principal: format!("server {}", names.join(", ")),
@@ -90,7 +90,7 @@ impl ServerCertificate {
 /// Watches the ends of certificates while a server runs.
 pub struct CertificateWatch {
     /// The island.
-    pub island: Arc<Island>,
+    pub island: Arc<IslandContext>,
     /// Its authority.
     pub authority: CertificateAuthority,
     /// The certificate of this server.
@@ -115,7 +115,7 @@ impl CertificateWatch {
         match self.own.current() {
             Ok(current) => {
                 pause = (current.lifetime() / 12).clamp(Duration::from_secs(60), A_DAY);
-                if current.is_due(Island::now()) {
+                if current.is_due(IslandContext::now()) {
                     self.renew_own(&current).await;
                 }
             }
@@ -124,9 +124,9 @@ impl CertificateWatch {
             }
         }
         let root = self.authority.not_after();
-        if days_left(root, Island::now()) < ROOT_WARNING_DAYS {
+        if days_left(root, IslandContext::now()) < ROOT_WARNING_DAYS {
             tracing::warn!(
-                days = days_left(root, Island::now()),
+                days = days_left(root, IslandContext::now()),
                 "the island's root certificate ends: everything below it ends with it"
             );
         }
@@ -137,7 +137,7 @@ impl CertificateWatch {
     }
 
     async fn renew_own(&self, current: &Current) {
-        let days = days_left(current.not_after, Island::now());
+        let days = days_left(current.not_after, IslandContext::now());
         if !self.island.hsm.serves(kms_domain::KeyClass::Ca) {
             let command = format!(
                 "kms-server certificate renew --config AUTHORITY.toml --certificate {} --private-key {}",
@@ -166,7 +166,7 @@ impl CertificateWatch {
         loop {
             let page = self.island.store.sealed_page(RowKind::Principal, after.as_deref(), PAGE).await?;
             let Some((last, _)) = page.last() else {
-                officers.warn(Island::now());
+                officers.warn(IslandContext::now());
                 return Ok(());
             };
             after = Some(last.clone());
@@ -183,7 +183,8 @@ impl CertificateWatch {
                 let newest = principal.certificates.iter().map(|certificate| certificate.not_after).max();
                 officers.note(&id, newest);
                 for (what, end) in [("TLS certificate", newest), ("transport certificate", transport)] {
-                    let Some(days) = end.map(|end| days_left(end, Island::now())).filter(|days| *days < WARNING_DAYS)
+                    let Some(days) =
+                        end.map(|end| days_left(end, IslandContext::now())).filter(|days| *days < WARNING_DAYS)
                     else {
                         continue;
                     };
@@ -343,7 +344,7 @@ mod tests {
     island_tests! {
         async fn a_server_renews_its_own_certificate_in_time(t) {
             let (island, hsm) = (&t.island, &t.island.hsm);
-            let now = Island::now();
+            let now = IslandContext::now();
             let point = hsm.public_key(CA_KEY).await.unwrap();
             let root = CertificateAuthority::root(island.name(), point, Validity::days(now, 3_000)).unwrap().sign(hsm).await.unwrap();
             let authority = CertificateAuthority::from_der(&root.der).unwrap();

@@ -9,7 +9,7 @@ use kms_domain::{CounterDomainId, ExposureReason, KeyType, Meter, SharedExposure
 use kms_proto::v1::{MetersChanged, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind};
 
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::exposure::expose_to_who_knows_a_kek;
 use kms_base::error::ServiceError;
 use kms_ledger::{Decision, ServerAct};
@@ -20,7 +20,7 @@ use kms_ledger::{Decision, ServerAct};
 ///
 /// # Errors
 /// The database cannot be reached, or the server is busy.
-pub(crate) async fn share_exposures(island: &Arc<Island>) -> Result<u64, ServiceError> {
+pub(crate) async fn share_exposures(island: &Arc<IslandContext>) -> Result<u64, ServiceError> {
     let known = shared_values(island).await?;
     let (mut told, mut after) = (0, None);
     while !known.is_empty() {
@@ -79,7 +79,7 @@ pub(crate) async fn share_exposures(island: &Arc<Island>) -> Result<u64, Service
 /// # Errors
 /// The database cannot be reached, or the server is busy. What was changed before is committed and
 /// recorded.
-pub(crate) async fn expose_groups_under_equal_keks(island: &Arc<Island>) -> Result<(), ServiceError> {
+pub(crate) async fn expose_groups_under_equal_keks(island: &Arc<IslandContext>) -> Result<(), ServiceError> {
     let mut reported = shared_values(island).await?;
     reported.retain(|_, exposures| exposures.iter().any(|exposure| exposure.reason == ExposureReason::Reported));
     let mut after = None;
@@ -124,7 +124,7 @@ pub(crate) async fn expose_groups_under_equal_keks(island: &Arc<Island>) -> Resu
 }
 
 /// Who could know the values that several slots have, as the rows of counter domains say.
-async fn shared_values(island: &Island) -> Result<SharedExposures, ServiceError> {
+async fn shared_values(island: &IslandContext) -> Result<SharedExposures, ServiceError> {
     let (mut known, mut after) = (SharedExposures::new(), None);
     loop {
         let page = island.store.sealed_page(RowKind::CounterDomain, after.as_deref(), PAGE).await?;

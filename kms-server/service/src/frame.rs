@@ -30,7 +30,7 @@ use kms_store::{Reads, RowKind};
 use tracing::Instrument as _;
 
 use self::alert::AlertKey;
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::counter::{counter_key, on_new_key};
 use crate::keys::{setup::setup_record, source::source};
 use kms_authz::{Action, Caller, CosemTarget, FrameService as Service, Purpose, Quota, Resource};
@@ -94,14 +94,14 @@ pub struct FrameOutcome {
 /// The use case.
 #[derive(Clone)]
 pub struct FrameService {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     /// Meters whose counter went backwards, as far as this server has said so.
     alerted: Arc<Mutex<HashSet<AlertKey>>>,
 }
 
 impl FrameService {
     /// Frames of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    pub fn new(island: Arc<IslandContext>) -> Self {
         Self { island, alerted: Arc::default() }
     }
 
@@ -196,7 +196,7 @@ impl FrameService {
 
 /// Frames of a caller, to be protected.
 struct Protect {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     purpose: Purpose,
     frames: Vec<PlainFrame>,
     supersede_lease: bool,

@@ -25,7 +25,7 @@ use self::decide::Grant;
 use self::deliver::{Granted, deliver};
 use self::terms::{GrantChunk, GrantTargets};
 use super::group_names::Groups;
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::{Action, Caller, Purpose, Resource};
 use kms_base::error::ServiceError;
 use kms_base::metrics;
@@ -34,7 +34,7 @@ use kms_ledger::{Act, Asker, Decision, Never, Permit, Request, View};
 /// Session grants of an island.
 #[derive(Clone)]
 pub struct GrantService {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     groups: Arc<Groups>,
     batches: Batches,
 }
@@ -45,7 +45,7 @@ impl GrantService {
     pub const CHUNK: usize = 500;
 
     /// The service of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    pub fn new(island: Arc<IslandContext>) -> Self {
         Self { island, groups: Arc::default(), batches: Batches::default() }
     }
 
@@ -108,7 +108,8 @@ impl GrantService {
             || (query.principal.is_none() && matches!(caller.principal.role(), Role::HeadEnd | Role::Handheld));
         self.island.require(caller, &Action::ListGrants { own }).await?;
         let principal = if own { Some(caller.principal.clone()) } else { query.principal };
-        let filter = GrantFilter { principal, live_at: query.only_live.then(Island::now), ..GrantFilter::default() };
+        let filter =
+            GrantFilter { principal, live_at: query.only_live.then(IslandContext::now), ..GrantFilter::default() };
         Ok(self.island.store.grant_page(&filter, query.before, query.page).await?.iter().map(grant_message).collect())
     }
 

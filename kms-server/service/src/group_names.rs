@@ -18,7 +18,7 @@ use kms_proto::v1::{MetersChanged, audit_record::Event};
 use kms_store::{Reads, RowKind};
 use tokio::sync::Mutex;
 
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, Decision, Never, Permit, View};
@@ -54,7 +54,7 @@ impl Groups {
     /// Not permitted, or the database cannot be reached.
     pub(super) async fn resolve(
         &self,
-        island: &Arc<Island>,
+        island: &Arc<IslandContext>,
         naming: &Naming<'_>,
         names: &BTreeSet<&str>,
         suite: SecuritySuite,
@@ -76,7 +76,7 @@ impl Groups {
     ///
     /// # Errors
     /// A row that does not verify, or the database cannot be reached.
-    pub(super) async fn find(&self, island: &Island, name: &str) -> Result<Option<GroupId>, ServiceError> {
+    pub(super) async fn find(&self, island: &IslandContext, name: &str) -> Result<Option<GroupId>, ServiceError> {
         let mut known = self.known.lock().await;
         loop {
             if let Some((number, _)) = (1..).zip(known.iter()).find(|(_, group)| group.name == name) {
@@ -109,7 +109,7 @@ impl Groups {
 
 /// Reads the groups after the known ones. After the last it adds those that are missing.
 async fn step(
-    island: &Island,
+    island: &IslandContext,
     naming: &Naming<'_>,
     known: &[KnownGroup],
     names: &BTreeSet<&str>,

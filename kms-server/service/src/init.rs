@@ -38,7 +38,7 @@ use self::folder::{ESCROW, PreparedEscrow, SECRET, SERVER_KEY, StateFolder, copy
 
 use super::certificate::signing::{CA_KEY, IssuedCertificate};
 use super::certificate::{CertificateAuthority, Validity};
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 use kms_config::SecretSource;
 use kms_ledger::principal_row;
@@ -158,7 +158,7 @@ impl CeremonyPlan {
         derivation: Option<KeyDerivation>,
         fingerprints: &mut Vec<KeyFingerprint>,
     ) -> Result<(CertificateDer<'static>, Vec<IssuedCertificate>), InitError> {
-        let now = Island::now();
+        let now = IslandContext::now();
         let authority = match state.read("root.pem")? {
             Some(text) => CertificateAuthority::from_der(
                 &CertificateDer::from_pem_slice(&text).map_err(|_| state.damaged("root.pem"))?,
@@ -306,7 +306,7 @@ impl CeremonyPlan {
             history: DatabaseHistory::default(),
             ledger: kms_domain::RootLedger::default(),
             principals_added: 0,
-            created: Island::now(),
+            created: IslandContext::now(),
         }
     }
 
@@ -407,7 +407,7 @@ impl FirstPrincipal {
             client_titles: self.client_titles.clone(),
             person: self.person.clone(),
             shipment_key: None,
-            added: Island::now(),
+            added: IslandContext::now(),
         }
     }
 }

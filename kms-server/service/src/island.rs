@@ -19,7 +19,7 @@ use kms_base::error::ServiceError;
 use kms_ledger::{Asker, Committer, Door};
 
 /// The context that all use cases of an island share. The island's row is [`kms_domain::Island`].
-pub struct Island {
+pub struct IslandContext {
     /// The island's row, as last verified: see [`Self::row`].
     pub row: ArcSwap<kms_domain::Island>,
     /// Its tokens.
@@ -47,7 +47,7 @@ pub struct Island {
     pub refreshing: tokio::sync::Mutex<Repetition>,
 }
 
-impl Island {
+impl IslandContext {
     /// The island's name.
     pub const fn name(&self) -> &IslandName {
         self.hsm.island()
@@ -157,7 +157,7 @@ impl Island {
     }
 }
 
-impl Island {
+impl IslandContext {
     /// A group as it stands in the database now, and its row's generation.
     ///
     /// # Errors

@@ -35,7 +35,7 @@ pub(super) use self::{
 };
 pub use super::Request;
 use super::group_names::Groups;
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::facts;
 use kms_authz::{Action, Caller, GroupFacts, Resource};
 use kms_base::error::ServiceError;
@@ -44,7 +44,7 @@ use kms_ledger::{Act, Asker, Decision, Permit, Remembered, View};
 /// The use cases of meters. Clones share the names of groups that were read.
 #[derive(Clone)]
 pub struct MeterService {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     groups: Arc<Groups>,
 }
 
@@ -64,7 +64,7 @@ impl MeterService {
     pub const MOST_METERS: usize = 10_000;
 
     /// Meters of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    pub fn new(island: Arc<IslandContext>) -> Self {
         Self { island, groups: Arc::default() }
     }
 

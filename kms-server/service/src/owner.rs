@@ -23,7 +23,7 @@ use super::{
     group_names::Groups,
     meter::{Request, Shown, shown_version},
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::{recipe::Recipe, setup::setup_record};
 use kms_authz::facts;
 use kms_authz::{Action, Caller, DeviceTypeFacts, GroupFacts, Resource};
@@ -33,7 +33,7 @@ use kms_ledger::{Act, Asker, Decision, Never, OwnerRow, Permit, Remembered, View
 /// Groups and device types of an island. Clones share the cache of group names.
 #[derive(Clone)]
 pub struct OwnerService {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     groups: Arc<Groups>,
 }
 
@@ -70,7 +70,7 @@ pub struct GroupPage {
 
 impl OwnerService {
     /// Groups and device types of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    pub fn new(island: Arc<IslandContext>) -> Self {
         Self { island, groups: Arc::default() }
     }
 

@@ -31,7 +31,7 @@ use super::Request;
 use super::certificate::request::CertificationRequest;
 use super::certificate::signing::IssuedCertificate;
 use super::certificate::{CertificateAuthority, Validity};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::request_digest::request_digest;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
@@ -40,7 +40,7 @@ use kms_ledger::{Act, Asker, Decision, Permit, Remembered, View};
 
 /// Principals of an island.
 pub struct Principals {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     authority: CertificateAuthority,
     /// The lifetime of certificates in days.
     certificate_days: u16,
@@ -68,12 +68,12 @@ pub struct NewPrincipal {
 
 impl Principals {
     /// The use cases for an island with this authority.
-    pub const fn new(island: Arc<Island>, authority: CertificateAuthority, certificate_days: u16) -> Self {
+    pub const fn new(island: Arc<IslandContext>, authority: CertificateAuthority, certificate_days: u16) -> Self {
         Self { island, authority, certificate_days }
     }
 
     /// The island.
-    pub fn island(&self) -> &Arc<Island> {
+    pub fn island(&self) -> &Arc<IslandContext> {
         &self.island
     }
 
@@ -332,7 +332,7 @@ impl Principals {
     }
 
     fn validity(&self) -> Validity {
-        Validity::days(Island::now(), self.certificate_days)
+        Validity::days(IslandContext::now(), self.certificate_days)
     }
 }
 

@@ -20,7 +20,7 @@ use kms_store::{Changes, Decision, Reads, RequestKey, RequestPut, RequestRow};
 use meter_sim::Connection;
 use prost::Message as _;
 
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::testing::{TestIsland, client_title, island_tests, meter, put_principal, sample};
 use crate::{
     Request,
@@ -84,7 +84,7 @@ fn policies(commands: u32, more: &str) -> Arc<Policy> {
 }
 
 async fn protect(
-    server: &Arc<Island>,
+    server: &Arc<IslandContext>,
     caller: &Caller,
     request: RequestId,
     frames: &[PlainFrame],
@@ -109,7 +109,7 @@ fn aborted(error: &ServiceError) -> &str {
 }
 
 /// A new version of a key, as if the meter had shown that it holds it.
-async fn rotate(server: &Arc<Island>, title: SystemTitle, key_type: KeyType) {
+async fn rotate(server: &Arc<IslandContext>, title: SystemTitle, key_type: KeyType) {
     let stored = server.hsm.generate_stored(key_type, KeyLength::Aes128).await.unwrap();
     let wrapped =
         WrappedKey::new(key_type, u8::try_from(stored.storage_kek_version.number()).unwrap(), stored.blob.into())
@@ -138,14 +138,18 @@ async fn rotate(server: &Arc<Island>, title: SystemTitle, key_type: KeyType) {
     act.await.unwrap();
 }
 
-async fn change_principal(server: &Arc<Island>, caller: &Caller, change: impl FnOnce(&mut kms_domain::Principal)) {
+async fn change_principal(
+    server: &Arc<IslandContext>,
+    caller: &Caller,
+    change: impl FnOnce(&mut kms_domain::Principal),
+) {
     let mut row = (*server.principal(caller).await.unwrap()).clone();
     change(&mut row);
     row.revision += 1;
     put_principal(server, row).await;
 }
 
-async fn assign(server: &Arc<Island>, officer: &Caller, title: SystemTitle, head_end: &Caller) {
+async fn assign(server: &Arc<IslandContext>, officer: &Caller, title: SystemTitle, head_end: &Caller) {
     let assignment = Assignment {
         selection: Selection::Meters(vec![title]),
         head_end: Some(head_end.principal.clone()),
@@ -155,7 +159,7 @@ async fn assign(server: &Arc<Island>, officer: &Caller, title: SystemTitle, head
 }
 
 /// A request's row as it is in the database.
-async fn stored(server: &Arc<Island>, key: RequestKey) -> Option<RequestRow> {
+async fn stored(server: &Arc<IslandContext>, key: RequestKey) -> Option<RequestRow> {
     let mut found = None;
     let reads = Reads { requests: vec![key.clone()], ..Reads::default() };
     let mut decide = |read: &kms_store::ReadSet| {
@@ -167,7 +171,7 @@ async fn stored(server: &Arc<Island>, key: RequestKey) -> Option<RequestRow> {
 }
 
 /// Writes a request's row past the server.
-async fn put_back(server: &Arc<Island>, key: &RequestKey, row: RequestRow) {
+async fn put_back(server: &Arc<IslandContext>, key: &RequestKey, row: RequestRow) {
     let changes = Changes { requests: vec![RequestPut { key: key.clone(), row }], ..Changes::default() };
     server
         .store
@@ -177,7 +181,7 @@ async fn put_back(server: &Arc<Island>, key: &RequestKey, row: RequestRow) {
 }
 
 /// Removes all rows of requests.
-async fn purge(server: &Arc<Island>) {
+async fn purge(server: &Arc<IslandContext>) {
     while server.store.purge_requests(kms_domain::UnixMillis(i64::MAX), 1_000).await.unwrap() > 0 {}
 }
 
@@ -235,7 +239,7 @@ impl Watcher {
 
     /// The new records of acts; refusals, security events, beginnings of chains and what a server
     /// notices of its clock are none.
-    async fn records(&mut self, server: &Arc<Island>) -> Vec<Event> {
+    async fn records(&mut self, server: &Arc<IslandContext>) -> Vec<Event> {
         let mut events = Vec::new();
         for tail in server.store.audit_tails().await.unwrap() {
             let from = self.read.get(&tail.writer).copied().unwrap_or(0);
@@ -255,7 +259,7 @@ impl Watcher {
     }
 
     /// Reads what was recorded since the last time. What left in frames is `octets`, by place.
-    async fn look(&mut self, server: &Arc<Island>, octets: &[Option<Vec<u8>>]) -> Vec<Event> {
+    async fn look(&mut self, server: &Arc<IslandContext>, octets: &[Option<Vec<u8>>]) -> Vec<Event> {
         let events = self.records(server).await;
         for event in &events {
             match event {
@@ -292,7 +296,7 @@ impl Watcher {
 /// The island of the property test: three servers, simulated meters, and what was seen.
 struct World {
     field: Field,
-    servers: Vec<Arc<Island>>,
+    servers: Vec<Arc<IslandContext>>,
     ordinary: Arc<Policy>,
     others: Vec<Arc<Policy>>,
     seed: u64,
@@ -306,7 +310,7 @@ impl World {
         splitmix(&mut self.seed) % bound
     }
 
-    fn server(&mut self) -> Arc<Island> {
+    fn server(&mut self) -> Arc<IslandContext> {
         let at = self.below(self.servers.len() as u64);
         self.servers[usize::try_from(at).unwrap()].clone()
     }
@@ -438,7 +442,7 @@ impl World {
 
     async fn grant_of(
         &mut self,
-        server: &Arc<Island>,
+        server: &Arc<IslandContext>,
         request: RequestId,
         meters: &[u64],
         dedicated_key: bool,
@@ -499,7 +503,7 @@ impl World {
         }
     }
 
-    async fn begin(&mut self, server: &Arc<Island>, request: RequestId, orders: &[Order]) -> Vec<StepAnswer> {
+    async fn begin(&mut self, server: &Arc<IslandContext>, request: RequestId, orders: &[Order]) -> Vec<StepAnswer> {
         let head_end = self.island().head_end.clone();
         let steps = TransferService::new(server.clone()).begin(&head_end, request, [3; 32], orders.to_vec()).await;
         let steps = steps.map(|(steps, _)| steps).unwrap_or_default();
@@ -507,7 +511,7 @@ impl World {
         steps
     }
 
-    async fn report(&mut self, server: &Arc<Island>, report: Report) -> Option<StepAnswer> {
+    async fn report(&mut self, server: &Arc<IslandContext>, report: Report) -> Option<StepAnswer> {
         let head_end = self.island().head_end.clone();
         let mut steps = TransferService::new(server.clone()).proceed(&head_end, vec![report]).await.ok()?.0;
         self.note(&steps);
@@ -613,7 +617,7 @@ fn order(meter: SystemTitle, key_type: Option<KeyType>) -> Order {
     }
 }
 
-async fn with_transport_key(server: &Arc<Island>, caller: &Caller) {
+async fn with_transport_key(server: &Arc<IslandContext>, caller: &Caller) {
     let public = PrivateKey::generate(&ECDH_P256).unwrap().compute_public_key().unwrap();
     let public_point = public.as_ref().try_into().unwrap();
     change_principal(server, caller, |row| {
@@ -629,13 +633,13 @@ const FORBID_KEYS: &str = "forbid (principal, action in [Action::\"openSession\"
 type Answer = std::pin::Pin<Box<dyn Future<Output = Result<Vec<u8>, ServiceError>>>>;
 
 /// A call of administration, by its name, with what it is asked on any server under any request.
-type Call = (&'static str, Box<dyn Fn(Arc<Island>, Request) -> Answer>);
+type Call = (&'static str, Box<dyn Fn(Arc<IslandContext>, Request) -> Answer>);
 
 /// `call!("name", caller, |service: Service, by, request| …)`, where the answer is a message.
 macro_rules! call {
     ($name:literal, $service:ident, $by:expr, |$bound:ident, $caller:ident, $request:ident| $asked:expr) => {{
         let by = $by.clone();
-        let ask: Box<dyn Fn(Arc<Island>, Request) -> Answer> = Box::new(move |server, $request| {
+        let ask: Box<dyn Fn(Arc<IslandContext>, Request) -> Answer> = Box::new(move |server, $request| {
             let ($bound, $caller) = ($service::new(server), by.clone());
             let asked = $asked;
             Box::pin(async move { Ok(prost::Message::encode_to_vec(&asked.await?)) })
@@ -648,17 +652,17 @@ macro_rules! call {
 async fn principals(island: &TestIsland) -> Vec<Call> {
     let hsm = &island.island.hsm;
     let point = hsm.public_key(CA_KEY).await.unwrap();
-    let root = CertificateAuthority::root(island.island.name(), point, Validity::days(Island::now(), 3_000))
+    let root = CertificateAuthority::root(island.island.name(), point, Validity::days(IslandContext::now(), 3_000))
         .unwrap()
         .sign(hsm)
         .await
         .unwrap();
     let (authority, officer) = (CertificateAuthority::from_der(&root.der).unwrap(), island.officer.clone());
     let id = PrincipalId::new(island.island.name().clone(), Role::HeadEnd, "new").unwrap();
-    let service = move |server: Arc<Island>| Principals::new(server, authority.clone(), 90);
+    let service = move |server: Arc<IslandContext>| Principals::new(server, authority.clone(), 90);
     let certification = certificate::tests::request(&rcgen::KeyPair::generate().unwrap());
     let (added, by, adding) = (id.clone(), officer.clone(), service.clone());
-    let add: Box<dyn Fn(Arc<Island>, Request) -> Answer> = Box::new(move |server, request| {
+    let add: Box<dyn Fn(Arc<IslandContext>, Request) -> Answer> = Box::new(move |server, request| {
         let new = NewPrincipal {
             request: request.id,
             id: added.clone(),
@@ -671,7 +675,7 @@ async fn principals(island: &TestIsland) -> Vec<Call> {
         let (service, by) = (adding(server), by.clone());
         Box::pin(async move { Ok(service.add(&by, new).await?.encode_to_vec()) })
     });
-    let disable: Box<dyn Fn(Arc<Island>, Request) -> Answer> = Box::new(move |server, request| {
+    let disable: Box<dyn Fn(Arc<IslandContext>, Request) -> Answer> = Box::new(move |server, request| {
         let (service, by, id, reason) = (service(server), officer.clone(), id.clone(), hex::encode(request.digest));
         Box::pin(async move { Ok(service.disable(&by, request.id, id, reason).await?.encode_to_vec()) })
     });
@@ -900,7 +904,7 @@ island_tests! {
         // it is asked for: then it is asked for again.
         let mut refused = false;
         for _ in 0..100 {
-            let (request, expires) = (id(), Island::now().after(-1));
+            let (request, expires) = (id(), IslandContext::now().after(-1));
             let seal = server.committer.seal_key().seal_request(&caller.principal, request, 0, &row.digest, expires, &outcome);
             put_back(&server, &key(request), RequestRow { outcome: [seal.to_vec(), outcome.clone()].concat(), expires, ..row.clone() }).await;
             match again(request).await {

@@ -21,14 +21,14 @@ use kms_store::{AuditFilter, MeterFilter, Reads, RowKind};
 use prost::Message as _;
 
 use crate::equal_keys::{expose_groups_under_equal_keks, share_exposures};
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 use kms_ledger::{CLOCK_JUMPED, Decision, ServerAct, View};
 
 /// The daily maintenance of an island. It also completes the list of the members of groups.
 #[derive(Clone)]
 pub struct Maintenance {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     retention: Retention,
 }
 
@@ -49,7 +49,7 @@ pub struct MaintenanceReport {
 
 impl Maintenance {
     /// The maintenance of an island with this retention time.
-    pub const fn new(island: Arc<Island>, retention: Retention) -> Self {
+    pub const fn new(island: Arc<IslandContext>, retention: Retention) -> Self {
         Self { island, retention }
     }
 
@@ -97,7 +97,7 @@ impl Maintenance {
     /// The time that decides on retention: this server's clock or the database's, whichever is
     /// earlier.
     async fn time(&self) -> UnixMillis {
-        let own = Island::now();
+        let own = IslandContext::now();
         self.island.store.now().await.map_or(own, |database| database.min(own))
     }
 

@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 pub use self::destroy::Destruction;
 pub use self::refresh::learn_seal_keys;
 use crate::Request;
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::token::token_key;
 use crate::watch::{self, Watched};
 use kms_authz::{Action, Caller, Resource};
@@ -38,7 +38,7 @@ use kms_ledger::{Act, Asker, Decision, Known, Permit, View};
 /// Roots of an island.
 #[derive(Clone)]
 pub struct RootService {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     timing: RootTiming,
     /// The end of the pass after which the old seal key could not be retired yet, and when this was
     /// last checked.
@@ -97,7 +97,7 @@ pub enum Change {
 
 impl RootService {
     /// Roots of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    pub fn new(island: Arc<IslandContext>) -> Self {
         let timing = if island.store.is_shared() { RootTiming::DEFAULT } else { RootTiming::ALONE };
         Self { island, timing, not_retired: Arc::default() }
     }
@@ -289,7 +289,7 @@ impl RootService {
 
 /// The act of an officer that changes the rotation of a root.
 struct ChangeRotation {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     change: Change,
     to: RootId,
     /// How many rows a pass will look at.
@@ -469,7 +469,7 @@ fn no_island() -> ServiceError {
 }
 
 /// Whether this server has a token for the root's class.
-fn is_served(island: &Island, purpose: RootPurpose) -> bool {
+fn is_served(island: &IslandContext, purpose: RootPurpose) -> bool {
     purpose.class().is_none_or(|class: KeyClass| island.hsm.serves(class))
 }
 

@@ -29,7 +29,7 @@ use self::{
     rows::{Partition, Scan, Walk},
     tasks::Tasks,
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::scrub_flight::{Joined, ScrubProgress, ScrubReport};
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
@@ -38,7 +38,7 @@ use kms_ledger::{Decision, ServerAct};
 /// The scrubber of an island.
 #[derive(Clone)]
 pub struct Scrubber {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     rows_at_once: usize,
 }
 
@@ -48,7 +48,7 @@ impl Scrubber {
     pub const ROWS_AT_ONCE: usize = 2_000_000;
 
     /// A scrubber that remembers [`Self::ROWS_AT_ONCE`] rows.
-    pub const fn new(island: Arc<Island>) -> Self {
+    pub const fn new(island: Arc<IslandContext>) -> Self {
         Self { island, rows_at_once: Self::ROWS_AT_ONCE }
     }
 

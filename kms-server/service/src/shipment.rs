@@ -38,7 +38,7 @@ pub use self::{
     upload::{Upload, UploadStart},
 };
 use super::group_names::Groups;
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::facts;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
@@ -47,13 +47,13 @@ use kms_ledger::{Act, Asker, Decision, Never, Permit, ServerAct, View};
 /// The use cases of shipments. Clones share the names of groups that were read.
 #[derive(Clone)]
 pub struct ShipmentService {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     groups: Arc<Groups>,
 }
 
 impl ShipmentService {
     /// Shipments of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    pub fn new(island: Arc<IslandContext>) -> Self {
         Self { island, groups: Arc::default() }
     }
 

@@ -37,7 +37,7 @@ use kms_proto::v1::{self, CeremonyHeld, PrincipalChanged, audit_record::Event};
 use kms_store::{Reads, Store, StoreConfig};
 use kms_store_testing::TestDatabase;
 
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::profiles::Profiles;
 use crate::shipment::{ShipmentService, UploadStart};
 use kms_authz::Caller;
@@ -217,7 +217,7 @@ pub(crate) use island_tests;
 
 /// An island, and who is on it.
 pub(crate) struct TestIsland {
-    pub(crate) island: Arc<Island>,
+    pub(crate) island: Arc<IslandContext>,
     pub(crate) module: ModuleKind,
     pub(crate) officer: Caller,
     pub(crate) auditor: Caller,
@@ -252,7 +252,7 @@ impl TestIsland {
             history: kms_domain::DatabaseHistory::default(),
             ledger: kms_domain::RootLedger::default(),
             principals_added: 0,
-            created: Island::now(),
+            created: IslandContext::now(),
         };
         let island = Arc::new(open(row, hsm, store, "one", CommitterSettings::SILENCE).await);
 
@@ -266,7 +266,7 @@ impl TestIsland {
             (Role::Manufacturer, "kam"),
         ]) {
             let id = PrincipalId::new(island.name().clone(), role, principal_name).unwrap();
-            let not_after = Island::now().after(86_400_000);
+            let not_after = IslandContext::now().after(86_400_000);
             callers.push(Caller { principal: id.clone(), certificate_sha256: [number; 32], not_after });
             let principal = Principal {
                 id,
@@ -328,7 +328,7 @@ impl TestIsland {
         let entry = kms_domain::RootEntry {
             id,
             derivation: made.derivation,
-            made: Island::now(),
+            made: IslandContext::now(),
             fingerprint: made.fingerprint.value,
             destroyed: None,
         };
@@ -363,7 +363,7 @@ impl TestIsland {
     /// Another officer, of a person. The number makes a certificate of its own.
     pub(crate) async fn officer_of(&self, name: &str, person: &str, number: u8) -> Caller {
         let id = PrincipalId::new(self.island.name().clone(), Role::Officer, name).unwrap();
-        let not_after = Island::now().after(86_400_000);
+        let not_after = IslandContext::now().after(86_400_000);
         let certificate = PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![number]), [number; 32], not_after);
         let principal = Principal {
             id: id.clone(),
@@ -381,12 +381,12 @@ impl TestIsland {
     }
 
     /// Another server of the same island: a writer of its own, and nothing remembered.
-    pub(crate) async fn another_server(&self) -> Arc<Island> {
+    pub(crate) async fn another_server(&self) -> Arc<IslandContext> {
         self.another_server_after(CommitterSettings::SILENCE).await
     }
 
     /// The same, which takes servers for gone that were silent for as long.
-    pub(crate) async fn another_server_after(&self, silence: Duration) -> Arc<Island> {
+    pub(crate) async fn another_server_after(&self, silence: Duration) -> Arc<IslandContext> {
         Arc::new(
             open((*self.island.row()).clone(), self.island.hsm.clone(), self.island.store.clone(), "another", silence)
                 .await,
@@ -394,7 +394,7 @@ impl TestIsland {
     }
 
     /// The same server after a restart: its name, a writer of its own, and nothing remembered.
-    pub(crate) async fn restarted(&self) -> Island {
+    pub(crate) async fn restarted(&self) -> IslandContext {
         open(
             (*self.island.row()).clone(),
             self.island.hsm.clone(),
@@ -553,7 +553,7 @@ pub(crate) fn sign(key: &VendorKey, file: &[u8]) -> Vec<u8> {
 
 /// As [`TestIsland::import`], on any server.
 pub(crate) async fn import(
-    island: &Arc<Island>,
+    island: &Arc<IslandContext>,
     officer: &Caller,
     file_sha256: [u8; 32],
     head_end: Option<&Caller>,
@@ -577,7 +577,7 @@ pub(crate) fn database() -> StoreConfig {
 }
 
 /// Writes a principal.
-pub(crate) async fn put_principal(island: &Island, principal: Principal) {
+pub(crate) async fn put_principal(island: &IslandContext, principal: Principal) {
     let reads = Reads { sealed: vec![principal_row(&principal.id)], ..Reads::default() };
     island
         .committer
@@ -638,7 +638,13 @@ async fn start_hsm(kind: ModuleKind, folder: &Path, name: &IslandName) -> Hsm {
     hsm
 }
 
-async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: &str, silence: Duration) -> Island {
+async fn open(
+    row: kms_domain::Island,
+    hsm: Hsm,
+    store: Arc<dyn Store>,
+    server: &str,
+    silence: Duration,
+) -> IslandContext {
     let key = |which: SealRootKey| {
         let (hsm, message) = (hsm.clone(), which.message(1, &row.name));
         async move { hsm.mac(RootVersion::FIRST, message).await.unwrap() }
@@ -660,7 +666,7 @@ async fn open(row: kms_domain::Island, hsm: Hsm, store: Arc<dyn Store>, server: 
     );
     let fingerprint_key = FingerprintKey::new(&key(SealRootKey::Fingerprint).await);
     let policy = Arc::new(arc_swap::ArcSwap::from_pointee(kms_policy::load(None).unwrap()));
-    Island {
+    IslandContext {
         door: Door::new(committer.clone(), store.clone(), policy.clone()),
         row: arc_swap::ArcSwap::from_pointee(row),
         hsm,

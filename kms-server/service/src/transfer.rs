@@ -34,21 +34,21 @@ pub(crate) use self::{
     proceed::{EARLIER_KEY_HELD, earlier_key_held},
     step::Brought,
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 
 /// The use cases of transfers.
 #[derive(Clone)]
 pub struct TransferService {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     /// Its work is charged to the server itself, or to a caller.
     hsm: Hsm,
 }
 
 impl TransferService {
     /// Transfers of an island.
-    pub fn new(island: Arc<Island>) -> Self {
+    pub fn new(island: Arc<IslandContext>) -> Self {
         Self { hsm: island.hsm.clone(), island }
     }
 

@@ -10,7 +10,7 @@ use kms_proto::v1;
 use kms_store::RowKind;
 
 use super::{CampaignService, pinned_plan::titles_of, survey::takes_over_the_air};
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
 
@@ -97,7 +97,7 @@ impl CampaignService {
 }
 
 fn message(
-    island: &Island,
+    island: &IslandContext,
     meter: &Meter,
     setup: Option<SecuritySetupId>,
     shared: &SharedExposures,

@@ -20,7 +20,7 @@ use super::{
     pinned_plan::{PlanLinks, titles_of},
     refused,
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 use kms_ledger::{Decision, ServerAct};
 
@@ -39,7 +39,7 @@ impl CampaignService {
 
     async fn lead_all(&self, round: u64) -> Result<(), ServiceError> {
         for campaign in self.load_all().await? {
-            let recent = Island::now().0 - campaign.since.0 < TIDIED_FOR_MS;
+            let recent = IslandContext::now().0 - campaign.since.0 < TIDIED_FOR_MS;
             if campaign.state == CampaignState::Running {
                 self.lead(campaign.id).await?;
             } else if campaign.state.is_final() && recent {
@@ -49,7 +49,7 @@ impl CampaignService {
         }
         if round.is_multiple_of(PURGE_ROUNDS) {
             // Plans that were never stored as drafts. Ids are time-ordered (UUID version 7).
-            let yesterday = u64::try_from(Island::now().0 - TIDIED_FOR_MS).unwrap_or_default();
+            let yesterday = u64::try_from(IslandContext::now().0 - TIDIED_FOR_MS).unwrap_or_default();
             let before = uuid::Builder::from_unix_timestamp_millis(yesterday, &[0; 10]).into_uuid();
             if let Ok(before) = CampaignId::from_octets(before.as_bytes()) {
                 self.island.store.purge_unused_chunks(before).await?;
@@ -284,7 +284,7 @@ impl CampaignService {
 
 /// The tasks of these meters, decided on their present sealed rows.
 fn tasks(
-    island: &Island,
+    island: &IslandContext,
     campaign: &Campaign,
     group: Option<&Group>,
     members: &[SystemTitle],

@@ -12,7 +12,7 @@ use kms_store::{RowKind, TaskFilter, TaskTally};
 use tokio::sync::mpsc;
 
 use super::{CampaignService, task::message as task_message};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::watch::{self, Watched};
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
@@ -177,7 +177,7 @@ impl CampaignService {
         let ended = |wave: &v1::WaveProgress| wave.succeeded + wave.failed + wave.in_doubt + wave.skipped;
         let done: u64 = waves.iter().map(ended).sum();
         let succeeded: u64 = waves.iter().map(|wave| wave.succeeded).sum();
-        let now = Island::now();
+        let now = IslandContext::now();
         let per_minute =
             if campaign.state == CampaignState::Running { rate.of(now, succeeded, campaign.started) } else { 0.0 };
         let left = campaign.content.plan.meters.saturating_sub(done);
@@ -193,7 +193,7 @@ impl CampaignService {
     /// A campaign as a message.
     pub(super) async fn message(&self, campaign: &Campaign) -> Result<v1::Campaign, ServiceError> {
         let content = &campaign.content;
-        let now = Island::now();
+        let now = IslandContext::now();
         let windows = &content.terms.windows;
         let group = match content.selection.group {
             Some(group) => self.group_name(group).await?,

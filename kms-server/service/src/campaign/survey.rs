@@ -15,7 +15,7 @@ use kms_proto::v1;
 use kms_store::{Assigned, MeterFilter, MeterRow, RowKind};
 
 use super::{CampaignService, plan::NewCampaign};
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 
 impl CampaignService {
@@ -201,7 +201,7 @@ struct Found {
 }
 
 /// I5: the search columns found these meters, and the sealed rows decide.
-fn look(island: &Island, new: &NewCampaign, domains: &SharedValues, page: &[MeterRow]) -> Vec<Examined> {
+fn look(island: &IslandContext, new: &NewCampaign, domains: &SharedValues, page: &[MeterRow]) -> Vec<Examined> {
     page.iter()
         .map(|row| {
             let Ok(meter) = island.committer.open_meter(row.title, &row.row) else { return Examined::Refused };
@@ -227,13 +227,18 @@ fn look(island: &Island, new: &NewCampaign, domains: &SharedValues, page: &[Mete
         .collect()
 }
 
-fn is_taken(island: &Island, meter: &Meter, step: TaskStep) -> bool {
+fn is_taken(island: &IslandContext, meter: &Meter, step: TaskStep) -> bool {
     let TaskWork::Rotate(key_type) = step.work else { return true };
     takes_over_the_air(island, meter, step.setup, key_type)
 }
 
 /// Whether the meter accepts the key by `key_transfer`, as its device profile says.
-pub(super) fn takes_over_the_air(island: &Island, meter: &Meter, setup: SecuritySetupId, key_type: KeyType) -> bool {
+pub(super) fn takes_over_the_air(
+    island: &IslandContext,
+    meter: &Meter,
+    setup: SecuritySetupId,
+    key_type: KeyType,
+) -> bool {
     let of_profile = || island.profiles.get(&meter.class.profile)?.key(setup, key_type)?.key_id;
     key_type.standard_key_id().or_else(of_profile).is_some()
 }

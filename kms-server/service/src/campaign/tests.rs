@@ -356,7 +356,7 @@ island_tests! {
         let windows = MaintenanceWindows::new("UTC", vec![MaintenanceWindow { days, from: 0, to: 1440 }]).unwrap();
         let (service, campaign) = running(&island, CampaignTerms { windows, ..terms() }).await;
         let shown = service.show(&island.officer, campaign).await.unwrap();
-        assert!(!shown.window_open && shown.next_opening_ms > Island::now().0);
+        assert!(!shown.window_open && shown.next_opening_ms > IslandContext::now().0);
         assert!(service.lease(&island.head_end, lease(100)).await.unwrap().is_empty());
         service.change(&island.officer, request(), campaign, Change::Abort { reason: "test".to_owned() }).await.unwrap();
 

@@ -11,7 +11,7 @@ use std::{collections::HashMap, sync::Arc};
 use kms_dlms::{KeyCarrier, ServiceRequest};
 use kms_domain::{Meter, PrincipalId, SystemTitle};
 
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::transfer::{Brought, TransferService};
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
@@ -22,7 +22,7 @@ pub(super) type UnderWay = Arc<HashMap<SystemTitle, Brought>>;
 /// Makes once more what the unfinished transfers bring to the meters for which an APDU carries a
 /// key. RFC 3394 gives the same wrap each time.
 pub(super) async fn under_way(
-    island: &Arc<Island>,
+    island: &Arc<IslandContext>,
     caller: &Caller,
     apdus: &[(SystemTitle, &[u8])],
 ) -> Result<UnderWay, ServiceError> {

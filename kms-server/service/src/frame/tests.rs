@@ -33,7 +33,7 @@ fn request() -> RequestId {
 }
 
 /// The counter of one frame to meter 1, or why there is none.
-async fn get(server: &Arc<Island>, caller: &Caller, supersede: bool) -> Result<u32, ServiceError> {
+async fn get(server: &Arc<IslandContext>, caller: &Caller, supersede: bool) -> Result<u32, ServiceError> {
     let (mut outcomes, _) = FrameService::new(server.clone())
         .protect(caller, request(), [1; 32], Purpose::Read, vec![plain(1, GET)], supersede)
         .await
@@ -72,7 +72,7 @@ async fn answer(field: &Field, pair: (u32, u32), counter: u32) -> ReceivedFrame 
 }
 
 /// Lends counters as a session does.
-async fn lease(server: &Arc<Island>, until: UnixMillis) -> Lease {
+async fn lease(server: &Arc<IslandContext>, until: UnixMillis) -> Lease {
     let of = CounterOf {
         owner: kms_domain::Owner::Meter(meter(1)),
         setup: SecuritySetupId::DEFAULT,
@@ -113,7 +113,12 @@ const ACTIVATE: &str = "C301C1004000002B0000FF01011603";
 const SET_SCRIPTS: &str = "c101c10009";
 
 /// What became of commands to meters, one request each.
-async fn command(server: &Arc<Island>, caller: &Caller, apdu: &str, meters: &[u64]) -> Vec<Result<(), ServiceError>> {
+async fn command(
+    server: &Arc<IslandContext>,
+    caller: &Caller,
+    apdu: &str,
+    meters: &[u64],
+) -> Vec<Result<(), ServiceError>> {
     let purpose =
         if apdu == DISCONNECT || apdu.starts_with(SET_SCRIPTS) { Purpose::Control } else { Purpose::Configure };
     let frames = meters.iter().map(|number| plain(*number, apdu)).collect();
@@ -123,7 +128,7 @@ async fn command(server: &Arc<Island>, caller: &Caller, apdu: &str, meters: &[u6
 }
 
 /// Quotas that a test can use up.
-fn limit(server: &Island, limits: &str) {
+fn limit(server: &IslandContext, limits: &str) {
     let text = format!(
         "quota = [{{ name = \"supply\", criticality = \"supply-control\", limit = [{limits}] }}, {{ name = \"security\", criticality = \
          \"security-setup\" }}, {{ name = \"image\", criticality = \"image-transfer\" }}]"
@@ -142,7 +147,7 @@ fn limit(server: &Island, limits: &str) {
 /// Quotas are free again when the next hour begins. A test that counts waits until that does not
 /// happen meanwhile.
 async fn away_from_the_end_of_an_hour() {
-    let left = || QuotaHour::of(Island::now()).end().0 - Island::now().0;
+    let left = || QuotaHour::of(IslandContext::now()).end().0 - IslandContext::now().0;
     while left() < 2 * 60_000 {
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
@@ -324,7 +329,7 @@ island_tests! {
         // leases write nothing.
         lease(server, UnixMillis(1)).await;
         assert_eq!(generation(&island).await, written + 1);
-        let last = lease(server, Island::now().after(60_000)).await.last();
+        let last = lease(server, IslandContext::now().after(60_000)).await.last();
         assert_eq!(generation(&island).await, written + 1);
         assert!(refused(get(server, &island.head_end, false).await).contains("holds a live counter lease"));
         let counter = get(server, &island.head_end, true).await.unwrap();
@@ -339,7 +344,7 @@ island_tests! {
     async fn a_lease_of_another_server_is_known_and_can_be_superseded(island) {
         island.deliver(&sample("generic-suite0", 1)).await;
         let (one, another) = (&island.island, island.another_server().await);
-        let lent = lease(one, Island::now().after(60_000)).await;
+        let lent = lease(one, IslandContext::now().after(60_000)).await;
         assert!(refused(get(&another, &island.head_end, false).await).contains("another server"));
         let counter = get(&another, &island.head_end, true).await.unwrap();
         assert!(counter > lent.last(), "I4");
@@ -422,7 +427,7 @@ island_tests! {
 
     async fn a_lease_is_known_after_a_restart(island) {
         island.deliver(&sample("generic-suite0", 1)).await;
-        lease(&island.island, Island::now().after(60_000)).await;
+        lease(&island.island, IslandContext::now().after(60_000)).await;
         let restarted = Arc::new(island.restarted().await);
         assert!(refused(get(&restarted, &island.head_end, false).await).contains("before its last start"));
         get(&restarted, &island.head_end, true).await.unwrap();

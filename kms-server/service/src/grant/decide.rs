@@ -14,7 +14,7 @@ use kms_store::{Reads, RowKind};
 
 use super::plan::{GrantPlan, PlannedKey, PlannedKeys, record};
 use super::terms::{GrantChunk, GrantTargets, SessionTerms, terms_record};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::counter::{counter_key, on_new_key};
 use crate::keys::group_rotation::rotation_message;
 use crate::keys::setup::recorded_setup;
@@ -27,7 +27,7 @@ use kms_ledger::{
 
 /// Keys of the owners that a chunk names.
 pub(super) struct Grant {
-    pub(super) island: Arc<Island>,
+    pub(super) island: Arc<IslandContext>,
     pub(super) chunk: GrantChunk,
     pub(super) owners: Vec<Owner>,
     pub(super) action: &'static str,

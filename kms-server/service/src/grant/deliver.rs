@@ -10,7 +10,7 @@ use prost::Message as _;
 use tracing::Instrument as _;
 
 use super::plan::GrantPlan;
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_base::metrics;
@@ -34,7 +34,7 @@ pub struct Granted {
 /// # Errors
 /// The HSM fails for the whole grant.
 pub(super) async fn deliver(
-    island: &Island,
+    island: &IslandContext,
     caller: &Caller,
     plan: GrantPlan,
     leaf: Option<AuditLeaf>,

@@ -2,7 +2,7 @@
 
 use kms_domain::{CounterKey, Meter, OnNewKey, SecuritySetupId, SystemTitle};
 
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 
 /// The counter of a client title in a meter's security setup: one per client title, or one for the
@@ -11,7 +11,7 @@ use kms_base::error::ServiceError;
 /// # Errors
 /// This server does not know the meter's device profile.
 pub(crate) fn counter_key(
-    island: &Island,
+    island: &IslandContext,
     meter: &Meter,
     setup: SecuritySetupId,
     client: SystemTitle,
@@ -35,7 +35,7 @@ pub(crate) fn counter_key(
 
 /// What the meter's counters do when its encryption key changes, as the device profile says.
 /// Without a profile they continue, which every meter accepts.
-pub(crate) fn on_new_key(island: &Island, meter: &Meter, setup: SecuritySetupId) -> OnNewKey {
+pub(crate) fn on_new_key(island: &IslandContext, meter: &Meter, setup: SecuritySetupId) -> OnNewKey {
     island
         .profiles
         .get(&meter.class.profile)

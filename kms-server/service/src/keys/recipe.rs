@@ -6,7 +6,7 @@ use kms_domain::{
 };
 use kms_hsm::Hsm;
 
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 
 /// How the first version of a key is made.
@@ -24,7 +24,7 @@ pub(crate) struct Recipe {
 impl Recipe {
     /// The recipe of a key; `None` for a secret, which is not made here. A diversified key becomes
     /// a generated one where the module derives nothing.
-    pub(crate) fn of(island: &Island, setup: SecuritySetupId, key: &KeyProfile) -> Option<Self> {
+    pub(crate) fn of(island: &IslandContext, setup: SecuritySetupId, key: &KeyProfile) -> Option<Self> {
         // I1: the HSM cannot make a secret in the encoding of docs/formats.md, and this server's
         // memory must not.
         let KeyShape::Aes(length) = key.shape else { return None };
@@ -39,7 +39,7 @@ impl Recipe {
     }
 
     /// The recipe of the next version of a slot: the same as of the version before.
-    pub(crate) fn again(island: &Island, slot: &Slot, suite: SecuritySuite) -> Self {
+    pub(crate) fn again(island: &IslandContext, slot: &Slot, suite: SecuritySuite) -> Self {
         let last = slot.versions().last();
         let root = island.row().roots(slot.key_type().class()).and_then(kms_domain::ClassRoots::current);
         let length = match last.map(|version| (version.origin(), version.material())) {

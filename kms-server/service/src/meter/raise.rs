@@ -12,7 +12,7 @@ use kms_proto::v1::{self, CounterRaised, audit_record::Event};
 use kms_store::Reads;
 
 use super::{MeterService, Request};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::{
     keys::{counter::counter_key, setup::setup_record},
     proposal::{NewProposal, Propose},
@@ -75,7 +75,7 @@ impl MeterService {
 /// as high already.
 pub(crate) fn raise_counter(
     view: &mut View<'_, '_>,
-    island: &Island,
+    island: &IslandContext,
     permit: &Permit,
     raise: &RaiseCounter,
     proposal: ProposalId,
@@ -130,7 +130,12 @@ struct Raise {
 }
 
 impl Raise {
-    fn of(view: &mut View<'_, '_>, island: &Island, meter: &Meter, raise: &RaiseCounter) -> Result<Self, ServiceError> {
+    fn of(
+        view: &mut View<'_, '_>,
+        island: &IslandContext,
+        meter: &Meter,
+        raise: &RaiseCounter,
+    ) -> Result<Self, ServiceError> {
         let refuse = |reason: String, next_step: &str| {
             Err(ServiceError::FailedPrecondition { reason, next_step: next_step.to_owned() })
         };

@@ -69,7 +69,7 @@ fn guek_counter(title: SystemTitle) -> CounterOf {
 
 /// The next counters of a server: a session's lease, or those of frames.
 async fn next_counters(
-    server: &crate::island::Island,
+    server: &crate::island::IslandContext,
     title: SystemTitle,
     counters: u32,
     frames: bool,
@@ -90,7 +90,7 @@ async fn next_counters(
     act.await.unwrap().value
 }
 
-async fn is_live(server: &crate::island::Island, title: SystemTitle, lease: kms_domain::Lease) -> bool {
+async fn is_live(server: &crate::island::IslandContext, title: SystemTitle, lease: kms_domain::Lease) -> bool {
     let act = server.committer.act_in_test(
         kms_ledger::Actor::server(kms_ledger::ServerAct::TEST),
         kms_store::Reads::default(),
@@ -209,7 +209,7 @@ island_tests! {
         island.deliver(&twins).await;
         let (here, there) = (island.island.clone(), island.another_server().await);
         let mut numbers = 10..;
-        let mut adopt = |server: &std::sync::Arc<crate::island::Island>, title, floor| {
+        let mut adopt = |server: &std::sync::Arc<crate::island::IslandContext>, title, floor| {
             let (service, caller, number) = (MeterService::new(server.clone()), island.officer.clone(), numbers.next().unwrap());
             async move {
                 let floor = CounterFloor { meter: title, setup: SecuritySetupId::DEFAULT, client_title: client_title(), floor, owned_by: None };

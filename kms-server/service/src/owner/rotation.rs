@@ -20,7 +20,7 @@ use kms_proto::v1::{self, GroupKeyChanged, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind};
 
 use super::{OwnerService, no_such_group, number_of};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::{group_rotation::rotation_message, recipe::Recipe, setup::setup_record};
 use crate::request_digest::request_digest;
 use kms_authz::facts;
@@ -199,7 +199,7 @@ impl OwnerService {
     async fn follow(&self, group: &Group, rotation: &GroupRotation) -> Result<(), ServiceError> {
         let (id, setup, key_type, version) = (group.id, rotation.setup, rotation.key_type, rotation.version);
         let counts = self.count(group, setup, key_type, version).await?;
-        if !group.clone().note_members(setup, key_type, version, counts, Island::now()) {
+        if !group.clone().note_members(setup, key_type, version, counts, IslandContext::now()) {
             return Ok(());
         }
         let reads = Reads { sealed: vec![group_row(id)], ..Reads::default() };
@@ -305,7 +305,7 @@ impl NewGroupVersion {
     /// # Errors
     /// A failure of the HSM or the database, or the group's row does not verify.
     pub(crate) async fn prepare(
-        island: &Island,
+        island: &IslandContext,
         id: GroupId,
         setup: Option<SecuritySetupId>,
         key_type: KeyType,
@@ -546,13 +546,13 @@ enum Member {
 
 /// Walks over the members of a group that can receive keys, page by page.
 struct Members<'a> {
-    island: &'a Island,
+    island: &'a IslandContext,
     group: GroupId,
     after: Option<SystemTitle>,
 }
 
 impl<'a> Members<'a> {
-    const fn of(island: &'a Island, group: GroupId, after: Option<SystemTitle>) -> Self {
+    const fn of(island: &'a IslandContext, group: GroupId, after: Option<SystemTitle>) -> Self {
         Self { island, group, after }
     }
 

@@ -12,7 +12,7 @@ use kms_store::RowKind;
 use prost::Message as _;
 
 use super::{NewDeviceType, NewOwnerKey, OwnerService};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::testing::{TestIsland, client_title, island_tests, meter, put_principal};
 use crate::{
     grant::GrantService,
@@ -118,7 +118,7 @@ fn chunk(number: u8, targets: GrantTargets, key_types: &[KeyType]) -> GrantChunk
     }
 }
 
-async fn open(island: &Arc<Island>, caller: &Caller, number: u8, group: &str) -> Result<Granted, ServiceError> {
+async fn open(island: &Arc<IslandContext>, caller: &Caller, number: u8, group: &str) -> Result<Granted, ServiceError> {
     GrantService::new(island.clone())
         .open(caller, chunk(number, GrantTargets::Group { name: group.to_owned(), version: None }, &[KeyType::GBEK]))
         .await

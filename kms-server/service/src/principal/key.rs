@@ -9,7 +9,7 @@ use kms_proto::v1::{self, audit_record::Event};
 use kms_store::Reads;
 
 use super::{Principals, changed, enabled, everyone::refuse_shared_key, security_event, unknown};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::request_digest::request_digest;
 use crate::{
     Request,
@@ -138,7 +138,7 @@ impl Principals {
         let all: Vec<_> = self.all().await?.into_iter().flatten().collect();
         let person = |id: &PrincipalId| all.iter().find(|one| one.id == *id).and_then(|one| one.person.clone());
         let (own, theirs) = (person(&caller.principal), person(beneficiary));
-        let now = Island::now();
+        let now = IslandContext::now();
         let approves = |officer: &Principal| {
             officer.id.role() == kms_domain::Role::Officer
                 && officer.status == PrincipalStatus::Enabled

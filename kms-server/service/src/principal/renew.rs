@@ -9,7 +9,7 @@ use kms_store::Reads;
 use super::{Principals, changed, enabled, everyone::refuse_shared_key, security_event};
 use crate::Request;
 use crate::certificate::request::CertificationRequest;
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::request_digest::request_digest;
 use kms_authz::{Action, Caller};
 use kms_base::error::ServiceError;
@@ -108,7 +108,7 @@ impl Principals {
     async fn has_room(&self, id: &PrincipalId) -> Result<bool, ServiceError> {
         let (kind, name) = principal_row(id);
         let Some(row) = self.island.store.sealed(kind, &name).await? else { return Ok(true) };
-        let now = Island::now();
+        let now = IslandContext::now();
         // A row that does not verify is refused in the act.
         Ok(self
             .island

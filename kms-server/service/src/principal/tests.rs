@@ -27,7 +27,7 @@ struct Scene {
 
 async fn authority(hsm: &Hsm, island: &IslandName) -> CertificateAuthority {
     let point = hsm.public_key(CA_KEY).await.unwrap();
-    let root = CertificateAuthority::root(island, point, Validity::days(Island::now(), 3_000))
+    let root = CertificateAuthority::root(island, point, Validity::days(IslandContext::now(), 3_000))
         .unwrap()
         .sign(hsm)
         .await
@@ -46,7 +46,7 @@ impl Scene {
         self.principals_of(&self.t.island)
     }
 
-    fn principals_of(&self, island: &Arc<Island>) -> Principals {
+    fn principals_of(&self, island: &Arc<IslandContext>) -> Principals {
         Principals::new(Arc::clone(island), self.authority.clone(), 30)
     }
 
@@ -76,7 +76,7 @@ impl Scene {
 
     async fn add_head_end(
         &self,
-        on: &Arc<Island>,
+        on: &Arc<IslandContext>,
         name: &str,
         titles: &[SystemTitle],
     ) -> Result<v1::PrincipalCertificate, ServiceError> {
@@ -103,7 +103,11 @@ impl Scene {
             id: id.clone(),
             revision: 1,
             status: PrincipalStatus::Enabled,
-            certificates: vec![PrincipalCertificate::unrecorded(vec![77].into(), [77; 32], Island::now().after(-DAY))],
+            certificates: vec![PrincipalCertificate::unrecorded(
+                vec![77].into(),
+                [77; 32],
+                IslandContext::now().after(-DAY),
+            )],
             transport: None,
             client_titles: Vec::new(),
             person: Some(PersonName::parse(person).unwrap()),
@@ -201,7 +205,7 @@ fn caller(id: &PrincipalId, issued: &v1::PrincipalCertificate) -> Caller {
     Caller {
         principal: id.clone(),
         certificate_sha256: sha256(&issued.certificate),
-        not_after: Island::now().after(DAY),
+        not_after: IslandContext::now().after(DAY),
     }
 }
 
@@ -434,7 +438,7 @@ island_tests! {
             assert!(first.is_ok() != second.is_ok(), "{first:?} {second:?}");
             assert!(text(if first.is_ok() { second } else { first }).contains("belongs to"));
             let shared = key();
-            let renew = async |on: &Arc<Island>, by: &Caller| {
+            let renew = async |on: &Arc<IslandContext>, by: &Caller| {
                 scene.principals_of(on).renew(by, request_id(), by.principal.clone(), &certification(&shared), None).await
             };
             if round == 0 {

@@ -81,7 +81,7 @@ island_tests! {
         island.deliver(&sample("generic-suite0", 300)).await;
         island.retire(7).await;
         island.rotate(280).await;
-        let now = Island::now();
+        let now = IslandContext::now();
 
         let before = island.maintenance().run(now.after(89 * DAY)).await.unwrap();
         assert_eq!(before, MaintenanceReport { rows_read: 300, ..MaintenanceReport::default() });
@@ -129,15 +129,15 @@ island_tests! {
         // again.
         for ahead in [365, 370, 372] {
             clock::testing::set_ahead(ahead * DAY);
-            let report = maintenance.run(Island::now()).await.unwrap();
+            let report = maintenance.run(IslandContext::now()).await.unwrap();
             assert_eq!(report, MaintenanceReport { clock_in_doubt: true, ..MaintenanceReport::default() }, "{ahead}");
             assert_eq!(island.states(2, KeyType::GUEK).await, kept);
         }
         // With the clock set right, keys are destroyed when the retention time has passed.
         clock::testing::set_ahead(0);
-        let report = maintenance.run(Island::now()).await.unwrap();
+        let report = maintenance.run(IslandContext::now()).await.unwrap();
         assert_eq!((report.clock_in_doubt, report.destroyed), (false, 0));
-        assert_eq!(maintenance.run(Island::now().after(91 * DAY)).await.unwrap().destroyed, 1);
+        assert_eq!(maintenance.run(IslandContext::now().after(91 * DAY)).await.unwrap().destroyed, 1);
         assert_eq!(island.states(2, KeyType::GUEK).await, [(Destroyed, false), (Active, true)]);
     }
 
@@ -146,7 +146,7 @@ island_tests! {
         for number in [2, 3] {
             island.rotate(number).await;
         }
-        let later = Island::now().after(91 * DAY);
+        let later = IslandContext::now().after(91 * DAY);
         let (one, another) = (island.maintenance(), Maintenance::new(island.another_server().await, Retention::DEFAULT));
         let (first, second) = tokio::join!(one.run(later), another.run(later));
         assert_eq!(first.unwrap().destroyed + second.unwrap().destroyed, 2);

@@ -17,7 +17,7 @@ use kms_proto::v1::{self, RootDestroyed, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
 use super::{RootService, millis, no_island, refused, rotation_row};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::token::token_key;
 use crate::{
     Request,
@@ -210,7 +210,7 @@ impl RootService {
 
 /// The decision to destroy a root, as people approved it.
 struct Destroy {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     approved: ProposalId,
     /// The current version for the same purpose.
     current: RootId,

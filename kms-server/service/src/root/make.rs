@@ -18,7 +18,7 @@ use kms_proto::v1::{RootVersionBegun, RootVersionMade, audit_record::Event};
 use kms_store::{Reads, RowKind};
 
 use super::{no_island, refused};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::token::token_key;
 use crate::{
     escrow::{EscrowDocument, EscrowError},
@@ -293,7 +293,7 @@ impl NewRootSettings {
         let entry = RootEntry {
             id,
             derivation: made.derivation,
-            made: Island::now(),
+            made: IslandContext::now(),
             fingerprint: made.fingerprint.value.clone(),
             destroyed: None,
         };

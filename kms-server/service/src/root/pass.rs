@@ -19,7 +19,7 @@ use kms_proto::v1::{RootRotationChanged, RootRowsAdvanced, audit_record::Event};
 use kms_store::{MeterFilter, Reads, RowKind, SealedRow, TaskFilter};
 
 use super::{RootService, is_served, millis, no_island, rotation_row};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::source::source;
 use crate::keys::token::{root_version, token_key};
 use crate::row_id::row_id;
@@ -306,7 +306,7 @@ impl RootService {
         let looked = self.not_retired.lock().ok().and_then(|looked| *looked);
         let just_looked =
             looked.is_some_and(|(since, at)| since == rotation.since && at.elapsed() < self.timing.look_again);
-        if rotation.since.after(millis(self.timing.seal_overlap)) > Island::now()
+        if rotation.since.after(millis(self.timing.seal_overlap)) > IslandContext::now()
             || just_looked
             || !self.is_first().await?
         {

@@ -38,12 +38,12 @@ fn rotate() -> Change {
     Change::Rotate { rows_per_second: 1_000_000 }
 }
 
-fn service(island: &Arc<Island>) -> RootService {
+fn service(island: &Arc<IslandContext>) -> RootService {
     RootService::new(island.clone()).with_timing(AT_ONCE)
 }
 
 /// Writes a record.
-async fn note(island: &Island) {
+async fn note(island: &IslandContext) {
     let act = island.committer.act_in_test(
         kms_ledger::Actor::server(kms_ledger::ServerAct::TEST),
         Reads::default(),
@@ -58,13 +58,13 @@ async fn note(island: &Island) {
 /// Puts records into the database, past the server, which this key links: to the chain of `writer`,
 /// from the record after `tail` on.
 async fn forge_records(
-    island: &Island,
+    island: &IslandContext,
     key: &AuditKey,
     writer: WriterId,
     tail: Option<&AuditTail>,
     events: Vec<Event>,
 ) {
-    let time = UnixMillis(Island::now().0 - 86_400_000);
+    let time = UnixMillis(IslandContext::now().0 - 86_400_000);
     let (mut sequence, mut chain) = tail.map_or((0, [0; 32]), |tail| (tail.sequence + 1, tail.chain));
     let mut forged = Vec::new();
     for event in events {
@@ -101,11 +101,11 @@ fn goes_on_with(version: u32) -> Event {
     Event::AuditKeyChanged(v1::AuditKeyChanged { version, closed: Vec::new() })
 }
 
-async fn tail_of(island: &Island, writer: WriterId) -> AuditTail {
+async fn tail_of(island: &IslandContext, writer: WriterId) -> AuditTail {
     island.store.audit_tails().await.unwrap().into_iter().find(|tail| tail.writer == writer).unwrap()
 }
 
-async fn findings(island: &Arc<Island>) -> Vec<v1::ScrubFinding> {
+async fn findings(island: &Arc<IslandContext>) -> Vec<v1::ScrubFinding> {
     Scrubber::new(island.clone()).scrub(|_| true).await.unwrap().findings
 }
 
@@ -193,7 +193,7 @@ impl TestIsland {
     }
 
     /// Why an import of a shipment stops.
-    async fn import_refused(&self, island: &Arc<Island>, file_sha256: [u8; 32]) -> String {
+    async fn import_refused(&self, island: &Arc<IslandContext>, file_sha256: [u8; 32]) -> String {
         let shipments = crate::shipment::ShipmentService::new(island.clone());
         let mut import =
             shipments.import(&self.officer, &file_sha256, Some(self.head_end.principal.clone())).await.unwrap();
@@ -361,8 +361,8 @@ island_tests! {
         let reads = Reads { sealed: vec![island.island.row_name()], ..Reads::default() };
         let act = island.island.committer.act_in_test(kms_ledger::Actor::server(kms_ledger::ServerAct::TEST), reads, move |view| {
             let mut row = (*view.island(&name)?.unwrap()).clone();
-            row.activate_root(id, 0, Island::now()).unwrap();
-            row.activate_root(other, 0, Island::now()).unwrap();
+            row.activate_root(id, 0, IslandContext::now()).unwrap();
+            row.activate_root(other, 0, IslandContext::now()).unwrap();
             view.append(Event::RootRotationChanged(RootRotationChanged::default()));
             view.put_island(row)
         });
@@ -386,7 +386,7 @@ island_tests! {
         let mut island = island;
         let id = island.add_root(STORAGE).await;
         let roots = island.roots();
-        let destruction = Destruction { id, oldest_backup: Island::now(), reason: "a copy was forgotten".to_owned(), quorum: kms_domain::Quorum::ONE };
+        let destruction = Destruction { id, oldest_backup: IslandContext::now(), reason: "a copy was forgotten".to_owned(), quorum: kms_domain::Quorum::ONE };
         let proposal = roots.propose_destruction(&island.officer, request(), destruction).await.unwrap();
         let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
         let approval = crate::approval::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
@@ -632,7 +632,7 @@ island_tests! {
         let first = RootId { purpose: DIVERSIFICATION, version: 1 };
         assert!(counts.of(first) >= 2 && counts.of(id) >= 1, "{counts:?}");
         // I3: while a meter may hold a key of the old root, it is not destroyed.
-        let destruction = Destruction { id: first, oldest_backup: Island::now(), reason: "leaked".to_owned(), quorum: kms_domain::Quorum::ONE };
+        let destruction = Destruction { id: first, oldest_backup: IslandContext::now(), reason: "leaked".to_owned(), quorum: kms_domain::Quorum::ONE };
         let refused = island.roots().propose_destruction(&island.officer, request(), destruction).await.unwrap_err().to_string();
         assert!(refused.contains("key versions use the root"), "{refused}");
         assert!(matches!(origin(&island, meter(1)).await, KeyOrigin::Diversified { root_version: 1, .. }));
@@ -674,16 +674,16 @@ island_tests! {
         };
         let reason = |outcome: Result<v1::Proposal, ServiceError>| outcome.unwrap_err().to_string();
         // Too early, in every way: current; in use; a backup that is older.
-        assert!(reason(propose(first, Island::now()).await).contains("needed"));
+        assert!(reason(propose(first, IslandContext::now()).await).contains("needed"));
         roots.change(&island.officer, request(), STORAGE, rotate()).await.unwrap();
-        assert!(reason(propose(first, Island::now()).await).contains("key versions use the root"));
+        assert!(reason(propose(first, IslandContext::now()).await).contains("key versions use the root"));
         while roots.page(id).await.unwrap().is_some() {}
         let ended = UnixMillis(island.state(STORAGE).await.since_ms);
         assert!(reason(propose(first, ended).await).contains("backups"));
-        assert!(reason(propose(first, Island::now().after(3_600_000)).await).contains("future"));
-        assert!(reason(propose(id, Island::now()).await).contains("needed"), "the current one");
-        assert!(reason(propose(RootId { purpose: RootPurpose::Seal, version: 1 }, Island::now()).await).contains("audit log"));
-        while Island::now() <= ended {}
+        assert!(reason(propose(first, IslandContext::now().after(3_600_000)).await).contains("future"));
+        assert!(reason(propose(id, IslandContext::now()).await).contains("needed"), "the current one");
+        assert!(reason(propose(RootId { purpose: RootPurpose::Seal, version: 1 }, IslandContext::now()).await).contains("audit log"));
+        while IslandContext::now() <= ended {}
         let proposal = propose(first, ended.after(1)).await.unwrap();
         let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
 
@@ -711,7 +711,7 @@ island_tests! {
         assert_eq!(island.state(STORAGE).await.all_changed, 21);
         assert!(refused(approved).await.contains("backups"));
         let ended = UnixMillis(island.state(STORAGE).await.since_ms);
-        while Island::now() <= ended {}
+        while IslandContext::now() <= ended {}
         let proposal = propose(first, ended.after(1)).await.unwrap();
         let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
         let approval = crate::approval::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
@@ -750,7 +750,7 @@ island_tests! {
         let left = island.stored_keys(KeyClass::Session, 20).await;
         assert!(!left.is_empty() && left.iter().all(|key| key.2 == 2), "every key is there still");
         island.nothing_is_readable().await;
-        assert!(reason(propose(first, Island::now()).await).contains("destroyed"));
+        assert!(reason(propose(first, IslandContext::now()).await).contains("destroyed"));
         island.end().await;
     }
 }

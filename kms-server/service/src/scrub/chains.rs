@@ -7,14 +7,14 @@ use kms_proto::v1::{AuditRecord, ClosedChain, RowWrite, ScrubFinding, audit_reco
 use kms_store::AuditAppend;
 use prost::Message as _;
 
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::seal::held_audit_key;
 use kms_base::error::ServiceError;
 use kms_ledger::{AuditKeys, AuditLeaf};
 
 /// All chains, up to the last record that was read.
 pub(super) struct Chains<'a> {
-    island: &'a Island,
+    island: &'a IslandContext,
     keys: AuditKeys,
     /// The oldest version of the audit key whose links are accepted, as it was before the first
     /// record was read.
@@ -64,7 +64,7 @@ struct Closing {
 }
 
 impl<'a> Chains<'a> {
-    pub(super) fn new(island: &'a Island, check: bool) -> Self {
+    pub(super) fn new(island: &'a IslandContext, check: bool) -> Self {
         let (keys, oldest) = ((*island.committer.audit_keys()).clone(), island.committer.seal_keys().oldest().into());
         Self {
             island,

@@ -15,12 +15,12 @@ use kms_proto::v1::ScrubFinding;
 use kms_store::{FingerprintOwner, FingerprintPrefix, MeterFilter, MeterRow};
 
 use super::finding::{Name, finding};
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 
 /// The walk over all imported keys, then over the list.
 pub(super) struct Fingerprints<'a> {
-    island: &'a Island,
+    island: &'a IslandContext,
     after_meter: Option<SystemTitle>,
     meters_done: bool,
     after_entry: Option<(FingerprintPrefix, FingerprintOwner)>,
@@ -36,7 +36,7 @@ struct ImportedKey {
 }
 
 impl<'a> Fingerprints<'a> {
-    pub(super) const fn new(island: &'a Island) -> Self {
+    pub(super) const fn new(island: &'a IslandContext) -> Self {
         Self { island, after_meter: None, meters_done: false, after_entry: None, findings: Vec::new() }
     }
 

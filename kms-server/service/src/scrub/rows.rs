@@ -9,7 +9,7 @@ use kms_store::{MeterFilter, RowKind, SealedRow};
 
 use super::chains::Chains;
 use super::finding::{METER, Name, finding};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::row_id::row_id;
 use kms_base::error::ServiceError;
 
@@ -35,7 +35,7 @@ impl Partition {
 
 /// One pass.
 pub(super) struct Scan<'a> {
-    pub(super) island: &'a Island,
+    pub(super) island: &'a IslandContext,
     pub(super) partition: Partition,
     recorded: HashMap<Name, Recorded>,
     pub(super) chains: Chains<'a>,
@@ -56,7 +56,7 @@ pub(super) struct Walk {
 
 impl<'a> Scan<'a> {
     /// Begins a pass over one part of all rows. The first pass also checks the chains.
-    pub(super) fn new(island: &'a Island, partition: Partition) -> Self {
+    pub(super) fn new(island: &'a IslandContext, partition: Partition) -> Self {
         Self {
             island,
             partition,

@@ -9,12 +9,12 @@ use kms_proto::v1::ScrubFinding;
 use kms_store::{RowKind, TaskFilter, TaskRow};
 
 use super::finding::finding;
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 
 /// The walk over the tasks of all campaigns.
 pub(super) struct Tasks<'a> {
-    island: &'a Island,
+    island: &'a IslandContext,
     after_campaign: Option<Vec<u8>>,
     campaign: Option<Campaign>,
     after_meter: Option<SystemTitle>,
@@ -22,7 +22,7 @@ pub(super) struct Tasks<'a> {
 }
 
 impl<'a> Tasks<'a> {
-    pub(super) const fn new(island: &'a Island) -> Self {
+    pub(super) const fn new(island: &'a IslandContext) -> Self {
         Self { island, after_campaign: None, campaign: None, after_meter: None, findings: Vec::new() }
     }
 

@@ -227,7 +227,7 @@ island_tests! {
         let store = island.island.store.clone();
         let tail = store.audit_tails().await.unwrap().remove(0);
         let silent_ms = async || store.servers().await.unwrap().iter().find(|server| server.writer == tail.writer).unwrap().silent_ms;
-        let closed_by = async |server: std::sync::Arc<crate::island::Island>, number: u8, head_end| {
+        let closed_by = async |server: std::sync::Arc<crate::island::IslandContext>, number: u8, head_end| {
             let selection = Selection::Meters(vec![meter(1)]);
             let request = Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
             MeterService::new(server).assign(&island.officer, request, Assignment { selection, head_end, dry_run: false }).await.unwrap();

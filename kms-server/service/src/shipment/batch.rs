@@ -19,7 +19,7 @@ use super::{
     spool::{Lines, Windows},
     verify::{IMPORTS, Verified},
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 
 /// Lines of a shipment, ready to be committed.
@@ -78,7 +78,7 @@ impl BatchSize {
 /// Starts to read at line `next_line`. Batches arrive in order, and a few are prepared ahead.
 /// Reading stops when the receiver is dropped.
 pub(super) fn read_ahead(
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     verified: Arc<Verified>,
     windows: Windows,
     next_line: u64,
@@ -183,7 +183,7 @@ impl Parser {
 }
 
 async fn import_ahead(
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     verified: Arc<Verified>,
     mut parsed: mpsc::Receiver<Result<ParsedBatch, ServiceError>>,
     ready: mpsc::Sender<Result<ReadyBatch, ServiceError>>,
@@ -201,7 +201,11 @@ async fn import_ahead(
 }
 
 /// Re-wraps the keys of a batch from the batch key to the storage KEKs, inside the HSM (I1).
-async fn import_keys(island: &Island, verified: &Verified, batch: ParsedBatch) -> Result<ReadyBatch, ServiceError> {
+async fn import_keys(
+    island: &IslandContext,
+    verified: &Verified,
+    batch: ParsedBatch,
+) -> Result<ReadyBatch, ServiceError> {
     let ParsedBatch { first_line, next_line, last, devices, mut refusals } = batch;
     let shape = |setup, key_type| verified.profile.key(setup, key_type).map_or(KeyShape::Secret, |key| key.shape);
     let jobs: Vec<ImportJob> = devices
@@ -250,7 +254,7 @@ async fn import_keys(island: &Island, verified: &Verified, batch: ParsedBatch) -
 
 /// Imports keys, with retries: a lost session or a full queue must not end an import of hours.
 async fn import_with_retries(
-    island: &Island,
+    island: &IslandContext,
     verified: &Verified,
     jobs: Vec<ImportJob>,
 ) -> Result<Vec<Result<kms_hsm::StoredKey, kms_hsm::ImportRefusal>>, ServiceError> {

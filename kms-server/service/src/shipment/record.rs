@@ -22,7 +22,7 @@ use super::{
     progress::Progress,
     verify::Verified,
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::{Action, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
@@ -30,7 +30,7 @@ use kms_ledger::{Act, Asker, Decision, Never, Permit, View};
 
 /// The import of one batch, as one act.
 pub(super) struct ImportBatch {
-    pub(super) island: Arc<Island>,
+    pub(super) island: Arc<IslandContext>,
     pub(super) own: bool,
     pub(super) head_end: Option<PrincipalId>,
     pub(super) status: MeterStatus,

@@ -7,7 +7,7 @@ use kms_proto::v1::{AuditRecord, ImportShipmentResponse, audit_record::Event};
 use kms_store::{MeterFilter, RowKind};
 
 use super::{ShipmentService, UploadStart};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::testing::{
     self, Forged, TestIsland, client_title, database, import, island_tests, meter, sample, sha256, sign,
 };
@@ -29,11 +29,15 @@ impl TestIsland {
     }
 }
 
-async fn lease(island: &Island, title: SystemTitle) -> Result<kms_domain::Lease, ServiceError> {
+async fn lease(island: &IslandContext, title: SystemTitle) -> Result<kms_domain::Lease, ServiceError> {
     lease_of(island, title, KeyType::GUEK).await
 }
 
-async fn lease_of(island: &Island, title: SystemTitle, key_type: KeyType) -> Result<kms_domain::Lease, ServiceError> {
+async fn lease_of(
+    island: &IslandContext,
+    title: SystemTitle,
+    key_type: KeyType,
+) -> Result<kms_domain::Lease, ServiceError> {
     let of = CounterOf {
         owner: kms_domain::Owner::Meter(title),
         setup: SecuritySetupId::DEFAULT,
@@ -605,9 +609,9 @@ island_tests! {
         }
         let id = super::upload_id(&start.file_sha256, 0);
         let there = async || island.island.store.shipment_chunk(id, 0).await.unwrap().is_some();
-        service.drop_forgotten(Island::now().after(23 * 3_600_000)).await.unwrap();
+        service.drop_forgotten(IslandContext::now().after(23 * 3_600_000)).await.unwrap();
         assert!(there().await);
-        service.drop_forgotten(Island::now().after(25 * 3_600_000)).await.unwrap();
+        service.drop_forgotten(IslandContext::now().after(25 * 3_600_000)).await.unwrap();
         assert!(!there().await);
         let shipment = service.get(&island.manufacturer, &start.file_sha256).await.unwrap();
         assert!(shipment.state == "refused" && shipment.refusal.contains("not complete in time"), "{shipment:?}");

@@ -7,17 +7,20 @@ use aws_lc_rs::digest::{SHA256, digest};
 use kms_domain::OaepHash;
 use kms_hsm::RootVersion;
 
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 
 /// The version of the vendor transport key that vendors are given.
-pub(super) fn offered_version(island: &Island) -> Result<RootVersion, ServiceError> {
+pub(super) fn offered_version(island: &IslandContext) -> Result<RootVersion, ServiceError> {
     root_version(island.row().ledger.vendor_transport_version)
 }
 
 /// The accepted version of the vendor transport key whose SPKI has this SHA-256. The newest is
 /// tried first.
-pub(super) async fn accepted_version(island: &Island, wanted: &[u8]) -> Result<Option<RootVersion>, ServiceError> {
+pub(super) async fn accepted_version(
+    island: &IslandContext,
+    wanted: &[u8],
+) -> Result<Option<RootVersion>, ServiceError> {
     let row = island.row();
     for version in (row.ledger.oldest_vendor_transport_version..=row.ledger.vendor_transport_version).rev() {
         let version = root_version(version)?;
@@ -30,7 +33,7 @@ pub(super) async fn accepted_version(island: &Island, wanted: &[u8]) -> Result<O
 
 /// The OAEP hashes that batch keys may use: SHA-256, and SHA-1 only where the module has nothing
 /// else.
-pub(super) async fn oaep_hashes(island: &Island) -> Result<Vec<OaepHash>, ServiceError> {
+pub(super) async fn oaep_hashes(island: &IslandContext) -> Result<Vec<OaepHash>, ServiceError> {
     let capabilities = island.hsm.usable(HSM_WAIT).await?;
     Ok(capabilities.oaep_hash().into_iter().collect())
 }

@@ -15,7 +15,7 @@ use super::{
     progress::{Progress, next_upload_id, to_proto, upload_id},
     verify::{FIRST_DEVICE_LINE, Rejection, preview},
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::facts;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::Repetition;
@@ -185,7 +185,7 @@ impl ShipmentService {
         tokio::spawn(async move {
             let mut failures = Repetition::default();
             loop {
-                if let Err(error) = self.drop_forgotten(Island::now()).await
+                if let Err(error) = self.drop_forgotten(IslandContext::now()).await
                     && failures.is_news(&error.to_string())
                 {
                     tracing::warn!(%error, "abandoned shipments cannot be dropped from the spool; the next round tries again");
@@ -325,7 +325,7 @@ impl Upload {
         if self.collected.is_empty() || self.is_refused() || !self.previewed {
             return Ok(());
         }
-        if self.row.created.after(self.service.upload_ms()) < Island::now() {
+        if self.row.created.after(self.service.upload_ms()) < IslandContext::now() {
             let reason = format!("it was not complete within {} hours", self.service.island.limits.upload_hours);
             self.row = self.service.forget(&self.row, &reason).await?;
             return Err(self.service.met(
@@ -342,7 +342,7 @@ impl Upload {
             .service
             .island
             .store
-            .append_shipment_chunk(self.row.upload, self.row.received, octets, Island::now())
+            .append_shipment_chunk(self.row.upload, self.row.received, octets, IslandContext::now())
             .await;
         self.row.received = stored.map_err(|error| match error {
             StoreError::Conflict { .. } => ServiceError::Aborted {

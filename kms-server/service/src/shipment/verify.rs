@@ -17,7 +17,7 @@ use super::{
     spool::{Line, Lines, WindowDigest, Windows, digest_of},
     transport_key::{accepted_version, oaep_hashes},
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 
 /// A shipment whose manufacturer's signature was verified.
@@ -49,7 +49,7 @@ impl<E: Into<ServiceError>> From<E> for Rejection {
 
 /// Reads and verifies the whole file.
 pub(super) async fn verify(
-    island: &Island,
+    island: &IslandContext,
     row: &ShipmentRow,
     signature: &[u8],
     manufacturer: &Principal,
@@ -92,7 +92,7 @@ pub(super) async fn verify(
 /// this manufacturer to this island. The line is not authenticated yet: the import verifies it with
 /// the whole file. A server that cannot reach its token, or whose token does not hold the transport
 /// key, cannot check the key: the import does.
-pub(super) async fn preview(island: &Island, manufacturer: &Principal, line: &[u8]) -> Result<(), Rejection> {
+pub(super) async fn preview(island: &IslandContext, manufacturer: &Principal, line: &[u8]) -> Result<(), Rejection> {
     let header = check_header(manufacturer, line)?;
     profile(island, &header)?;
     match accepted_version(island, &header.transport_key).await {
@@ -113,7 +113,7 @@ fn check_header(manufacturer: &Principal, line: &[u8]) -> Result<ShipmentHeader,
     Ok(header)
 }
 
-fn profile(island: &Island, header: &ShipmentHeader) -> Result<DeviceProfile, Rejection> {
+fn profile(island: &IslandContext, header: &ShipmentHeader) -> Result<DeviceProfile, Rejection> {
     let known = island.profiles.get(&header.device_profile).cloned();
     known.ok_or_else(|| {
         refuse(format!("line 1: device_profile: `{}` is not a device profile of this server", header.device_profile))
@@ -128,7 +128,7 @@ fn names(manufacturer: &Principal, header: &ShipmentHeader) -> bool {
     flag_id.eq_ignore_ascii_case(header.manufacturer.as_str())
 }
 
-async fn open_batch_key(island: &Island, header: &ShipmentHeader) -> Result<BatchKey, Rejection> {
+async fn open_batch_key(island: &IslandContext, header: &ShipmentHeader) -> Result<BatchKey, Rejection> {
     let Some(version) = accepted_version(island, &header.transport_key).await? else {
         return Err(foreign_transport_key());
     };

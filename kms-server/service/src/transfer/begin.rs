@@ -25,7 +25,7 @@ use super::{
     task::{is_lost, tell_task},
 };
 use crate::campaign::{begin_task, task_reads};
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, AuditLeaf, Decision, Keys, Known, Permit, Request, View};
@@ -149,7 +149,7 @@ struct Prepared {
 
 /// Transfers that a caller begins.
 struct Begin {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     request: RequestId,
     orders: Vec<Order>,
     prepared: Vec<Prepared>,
@@ -202,7 +202,7 @@ impl Act for Begin {
 
 fn begin_one(
     view: &mut View<'_, '_>,
-    island: &Island,
+    island: &IslandContext,
     permit: &Permit,
     order: &Order,
     prepared: &Prepared,
@@ -298,7 +298,7 @@ fn began(
 
 fn ordered_keys(
     view: &mut View<'_, '_>,
-    island: &Island,
+    island: &IslandContext,
     meter: &Meter,
     setup: SecuritySetupId,
     order: &Order,

@@ -7,7 +7,7 @@ use kms_domain::{CounterPlace, KeyPair, KeyType, Meter, Observation, Owner, Stag
 use kms_proto::v1::{SecurityEvent, audit_record::Event};
 
 use super::{emit, error::refused, rows::own_meter};
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::counter::{counter_key, on_new_key};
 use kms_base::error::ServiceError;
 use kms_ledger::{CounterOf, View};
@@ -19,7 +19,7 @@ use kms_ledger::{CounterOf, View};
 /// `meter`, or it would be lost when `meter` is put.
 pub(super) fn allocate_counters(
     view: &mut View<'_, '_>,
-    island: &Island,
+    island: &IslandContext,
     mut meter: Meter,
 ) -> Result<Arc<Meter>, ServiceError> {
     let Some(transfer) = meter.transfer.clone() else { return Err(refused(&TransferError::NotUnderWay)) };
@@ -60,7 +60,7 @@ pub(super) fn allocate_counters(
 /// within the bounds of [`View::follow_counter`] only.
 pub(super) fn follow_counter(
     view: &mut View<'_, '_>,
-    island: &Island,
+    island: &IslandContext,
     meter: &mut Arc<Meter>,
     transfer: &Transfer,
     last_accepted: u32,
@@ -98,7 +98,12 @@ pub(super) fn follow_counter(
 }
 
 /// The counter that the requests of a step use.
-fn step_counter(island: &Island, meter: &Meter, transfer: &Transfer, pair: KeyPair) -> Result<CounterOf, ServiceError> {
+fn step_counter(
+    island: &IslandContext,
+    meter: &Meter,
+    transfer: &Transfer,
+    pair: KeyPair,
+) -> Result<CounterOf, ServiceError> {
     Ok(CounterOf {
         owner: Owner::Meter(meter.title),
         setup: transfer.setup,

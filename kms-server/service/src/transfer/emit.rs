@@ -22,7 +22,7 @@ use super::{
     TransferService,
     step::{Brought, Decided, DecidedStep, Delivery, NextStep, Sending, SendingKind, StepAnswer},
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use crate::keys::source::source;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
@@ -185,7 +185,7 @@ struct StepPlan {
 }
 
 impl StepPlan {
-    fn of(island: &Island, meter: &Meter, groups: &HashMap<GroupId, Arc<Group>>) -> Result<Self, ServiceError> {
+    fn of(island: &IslandContext, meter: &Meter, groups: &HashMap<GroupId, Arc<Group>>) -> Result<Self, ServiceError> {
         let transfer =
             meter.transfer.clone().ok_or_else(|| ServiceError::Internal("a step without a transfer".to_owned()))?;
         // I4: other octets under the same counters would repeat a nonce.
@@ -346,7 +346,7 @@ impl StepPlan {
 /// Digest of what a step's octets depend on besides the transfer: `SHA-256("meterkms/step" ‖ suite
 /// ‖ key id ‖ invoke id ‖ conformance ‖ longest APDU)[0..16]`. The key id is 0 and 0, or 1 and its
 /// number.
-pub(super) fn pinned(island: &Island, meter: &Meter) -> Result<[u8; 16], ServiceError> {
+pub(super) fn pinned(island: &IslandContext, meter: &Meter) -> Result<[u8; 16], ServiceError> {
     let brought =
         meter.transfer.as_ref().and_then(|transfer| transfer.current().map(|key| (transfer.setup, key.key_type)));
     let key_id = brought.and_then(|(setup, key_type)| key_id(island, meter, setup, key_type));
@@ -360,7 +360,7 @@ pub(super) fn pinned(island: &Island, meter: &Meter) -> Result<[u8; 16], Service
 }
 
 /// The id of a meter's key in `key_transfer`: the standard's, or that of its device profile.
-pub(super) fn key_id(island: &Island, meter: &Meter, setup: SecuritySetupId, key_type: KeyType) -> Option<u8> {
+pub(super) fn key_id(island: &IslandContext, meter: &Meter, setup: SecuritySetupId, key_type: KeyType) -> Option<u8> {
     let of_profile = || island.profiles.get(&meter.class.profile)?.key(setup, key_type)?.key_id;
     key_type.standard_key_id().or_else(of_profile)
 }

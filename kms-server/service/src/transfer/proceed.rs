@@ -21,7 +21,7 @@ use super::{
     step::{Decided, DecidedStep, Report, StepAnswer},
     task::tell_task,
 };
-use crate::island::Island;
+use crate::island::IslandContext;
 use kms_authz::{Action, Caller, Resource};
 use kms_base::error::ServiceError;
 use kms_ledger::{Act, Asker, AuditLeaf, Decision, Never, Permit, View};
@@ -66,7 +66,7 @@ impl TransferService {
 
 /// Reported answers of meters, and the next steps of their transfers.
 struct Proceed {
-    island: Arc<Island>,
+    island: Arc<IslandContext>,
     reports: Vec<Report>,
     observations: Vec<Option<ReadReport>>,
     challenges: Vec<[u8; CHALLENGE]>,
@@ -111,7 +111,7 @@ impl Act for Proceed {
 
 fn proceed_one(
     view: &mut View<'_, '_>,
-    island: &Island,
+    island: &IslandContext,
     permit: &Permit,
     report: &Report,
     observation: Option<&ReadReport>,

@@ -101,7 +101,7 @@ async fn lent(island: &TestIsland, number: u8, version: Option<u32>) -> Result<u
 /// Another officer than the one who asks.
 async fn colleague(island: &TestIsland) -> Caller {
     let principal = PrincipalId::new(island.island.name().clone(), Role::Officer, "bo").unwrap();
-    let not_after = Island::now().after(86_400_000);
+    let not_after = IslandContext::now().after(86_400_000);
     let row = kms_domain::Principal {
         id: principal.clone(),
         revision: 1,
