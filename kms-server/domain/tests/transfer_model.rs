@@ -35,7 +35,7 @@
 //! | `a_kek_and_the_retention_time` | KEK with GUEK, probe | 1 | 2 | 229,847 | 32 |
 //! | `a_kek_by_a_head_end_that_ciphers` | KEK with GUEK, GUEK | 1 | 0 | 229,090 | 30 |
 //! | `two_head_ends` | GUEK, GAK | 0 | 0 | 114,946 | 32 |
-//! | `two_gbeks_and_the_retention_time` | GBEK, GBEK | 0 | 2 | 3,427 | 17 |
+//! | `two_gbeks_and_the_retention_time` | GBEK, GBEK | 0 | 2 | 3,301 | 17 |
 //! | `a_guek_and_challenges_that_are_not_to_be_answered` | GUEK, probe | 0 | 0 | 44,939 | 24 |
 //!
 //! The remaining tests break one rule of the server each, and the checker must find what is lost by
