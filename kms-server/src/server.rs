@@ -55,7 +55,7 @@ use kms_service::island_keys::{IslandKeys, IslandKeysError};
 use kms_service::officers::Recertification;
 use kms_service::owner::OwnerService;
 use kms_service::profiles::Profiles;
-use kms_service::retention::Maintenance;
+use kms_service::retention::RetentionPass;
 use kms_service::root::make::{self, MadeRoot, MakeRootError, NewRootSettings};
 use kms_service::root::{RootService, learn_seal_keys};
 use kms_service::scrub::Scrubber;
@@ -150,7 +150,7 @@ impl Server {
             let island = island.until_open(&gate).await?;
             // I5: the scrubber finds within this time what is not refused on use.
             background.add(Scrubber::new(Arc::clone(&island)).in_background(scrub_period));
-            background.add(Maintenance::new(Arc::clone(&island), retention).in_background());
+            background.add(RetentionPass::new(Arc::clone(&island), retention).in_background());
             background.add(CampaignService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
             background.add(OwnerService::new(Arc::clone(&island)).in_background(FOLLOWING_INTERVAL));
             background.add(ShipmentService::new(Arc::clone(&island)).in_background());

@@ -54,7 +54,7 @@ async fn the_tasks_of_each_wave_come_in_one_stream_until_the_head_end_is_disable
     let first = leased(&mut stream, 1, canary).await;
     for task in &first {
         let meter = meters.get(&SystemTitle::from_octets(&task.meter).unwrap()).unwrap();
-        assert_eq!(carry_out(&head_end, task, meter).await, "proven");
+        assert_eq!(execute(&head_end, task, meter).await, "proven");
     }
 
     // The canaries have ended well, so the other meters' turn comes.
@@ -95,7 +95,7 @@ async fn leased(stream: &mut Streaming<LeaseTasksResponse>, wave: u32, count: u6
 
 /// Carries the transfer of a task between the server and its meter, which answers every time: how
 /// it ended.
-async fn carry_out(head_end: &Connection, task: &Task, meter: &Meter) -> String {
+async fn execute(head_end: &Connection, task: &Task, meter: &Meter) -> String {
     let order = TransferOrder {
         meter: task.meter.clone(),
         security_setup: task.security_setup.clone(),

@@ -75,24 +75,24 @@ async fn racing_head_ends_never_get_overlapping_leases() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_that_is_put_back_lends_no_counter_again() {
     let mut server = DevServer::start_on_sqlite();
-    let mut lent = lend(&server).await;
+    let mut leased = open_leases(&server).await;
     assert!(server.interrupt());
     let backup = Backup::take(server.state());
     server.restart();
     for _ in 0..3 {
-        extend_rising(&mut lent, lend(&server).await);
+        extend_rising(&mut leased, open_leases(&server).await);
     }
     // Twice: the second time the database does not even know of the first.
     for _ in 0..2 {
         assert!(server.interrupt());
         backup.put_back(server.state());
         server.restart();
-        extend_rising(&mut lent, lend(&server).await);
+        extend_rising(&mut leased, open_leases(&server).await);
         assert_eq!(restores(&server).await, 1, "the record is in the log");
     }
     assert!(server.interrupt());
     server.restart();
-    extend_rising(&mut lent, lend(&server).await);
+    extend_rising(&mut leased, open_leases(&server).await);
     assert_eq!(restores(&server).await, 1, "a restart is no restore");
 }
 
@@ -100,11 +100,11 @@ async fn a_database_that_is_put_back_lends_no_counter_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_declares_a_restore() {
     let mut server = DevServer::start_on_sqlite();
-    let mut lent = lend(&server).await;
+    let mut leased = open_leases(&server).await;
     assert!(server.interrupt());
     let backup = Backup::take(server.state());
     server.restart();
-    extend_rising(&mut lent, lend(&server).await);
+    extend_rising(&mut leased, open_leases(&server).await);
     assert!(server.interrupt());
     backup.put_back(server.state());
     std::fs::remove_file(server.state().join("island.db.watermark")).unwrap();
@@ -113,7 +113,7 @@ async fn an_operator_declares_a_restore() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(String::from_utf8_lossy(&output.stdout).contains("counts as restored, once"));
     server.restart();
-    extend_rising(&mut lent, lend(&server).await);
+    extend_rising(&mut leased, open_leases(&server).await);
     assert_eq!(restores(&server).await, 1);
 }
 
@@ -123,9 +123,9 @@ async fn a_new_timeline_of_postgresql_raises_the_counters() {
     let cluster = PostgresCluster::start(&[]).unwrap();
     let database = cluster.create_database().await.unwrap();
     let mut server = DevServer::start_at(&database);
-    let mut lent = lend(&server).await;
+    let mut leased = open_leases(&server).await;
     let backup = cluster.back_up().unwrap();
-    extend_rising(&mut lent, lend(&server).await);
+    extend_rising(&mut leased, open_leases(&server).await);
     assert!(server.interrupt());
 
     let restored = PostgresCluster::restore(&backup).unwrap();
@@ -136,12 +136,12 @@ async fn a_new_timeline_of_postgresql_raises_the_counters() {
     // The timeline alone tells.
     std::fs::remove_file(server.state().join("island/watermark")).unwrap();
     server.restart();
-    extend_rising(&mut lent, lend(&server).await);
+    extend_rising(&mut leased, open_leases(&server).await);
     assert_eq!(restores(&server).await, 1);
 }
 
 /// Leases of two meters, as (meter, first, last).
-async fn lend(server: &DevServer) -> Vec<(u64, u32, u32)> {
+async fn open_leases(server: &DevServer) -> Vec<(u64, u32, u32)> {
     let connection = server.connect("head-end").await;
     let profile = server.profile("head-end");
     let mut leases = Vec::new();
@@ -153,14 +153,14 @@ async fn lend(server: &DevServer) -> Vec<(u64, u32, u32)> {
 }
 
 /// Every newer lease of a meter begins above all older ones.
-fn extend_rising(lent: &mut Vec<(u64, u32, u32)>, newer: Vec<(u64, u32, u32)>) {
+fn extend_rising(leased: &mut Vec<(u64, u32, u32)>, newer: Vec<(u64, u32, u32)>) {
     for (meter, first, last) in newer {
-        let highest = lent.iter().filter(|(other, ..)| *other == meter).map(|(_, _, last)| *last).max();
+        let highest = leased.iter().filter(|(other, ..)| *other == meter).map(|(_, _, last)| *last).max();
         assert!(
             highest.is_none_or(|highest| first > highest),
-            "counter {first} of meter {meter} was lent before: {lent:?}"
+            "counter {first} of meter {meter} was leased before: {leased:?}"
         );
-        lent.push((meter, first, last));
+        leased.push((meter, first, last));
     }
 }
 

@@ -57,7 +57,7 @@ async fn approve(by: &Connection, proposal: &proto::Proposal) -> Result<proto::P
     by.proposals().approve_proposal(request).await.map(tonic::Response::into_inner)
 }
 
-async fn carry_out(by: &Connection, proposal: &proto::Proposal) -> Result<proto::Proposal, Status> {
+async fn execute(by: &Connection, proposal: &proto::Proposal) -> Result<proto::Proposal, Status> {
     let request = proto::CarryOutProposalRequest {
         request_id: new_request_id().octets().to_vec().into(),
         proposal_id: proposal.proposal_id.clone(),
@@ -85,11 +85,11 @@ async fn one_person_alone_carries_nothing_out_whatever_he_holds() {
         Code::FailedPrecondition,
         "a second certificate is no second person"
     );
-    assert_eq!(code(carry_out(&scene.ada, &proposal).await), Code::FailedPrecondition);
+    assert_eq!(code(execute(&scene.ada, &proposal).await), Code::FailedPrecondition);
     let cy = scene.server.add_confirmed_officer("cy", "Cy Officer").await;
     assert_eq!(approve(&cy, &proposal).await.unwrap().state, "approved");
-    assert_eq!(carry_out(&scene.ada, &proposal).await.unwrap().state, "carried-out");
-    assert_eq!(code(carry_out(&scene.bo, &proposal).await), Code::FailedPrecondition, "once");
+    assert_eq!(execute(&scene.ada, &proposal).await.unwrap().state, "carried-out");
+    assert_eq!(code(execute(&scene.bo, &proposal).await), Code::FailedPrecondition, "once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -103,23 +103,23 @@ async fn an_approval_that_somebody_writes_into_the_database_approves_nothing() {
     // approved.
     let untouched = scene.row(&other).await;
     scene.put(&other, with_approval.clone()).await;
-    assert_eq!(code(carry_out(&scene.ada, &other).await), Code::FailedPrecondition);
+    assert_eq!(code(execute(&scene.ada, &other).await), Code::FailedPrecondition);
     scene.put(&other, SealedRow { body: with_approval.body.clone(), ..untouched.clone() }).await;
-    assert_eq!(code(carry_out(&scene.ada, &other).await), Code::FailedPrecondition);
+    assert_eq!(code(execute(&scene.ada, &other).await), Code::FailedPrecondition);
     scene.put(&other, untouched).await;
     for at in 0..with_approval.body.len() {
         if with_approval.body[at..].starts_with(b"Bo Officer") {
             let mut edited = with_approval.clone();
             edited.body[at] = b'C';
             scene.put(&approved, edited).await;
-            assert_eq!(code(carry_out(&scene.ada, &approved).await), Code::FailedPrecondition);
+            assert_eq!(code(execute(&scene.ada, &approved).await), Code::FailedPrecondition);
         }
     }
     // Executed once, then the row from before is put back: the older row is refused.
     scene.put(&approved, with_approval.clone()).await;
-    carry_out(&scene.ada, &approved).await.unwrap();
+    execute(&scene.ada, &approved).await.unwrap();
     for older in [with_approval, waiting] {
         scene.put(&approved, older).await;
-        assert_eq!(code(carry_out(&scene.bo, &approved).await), Code::FailedPrecondition);
+        assert_eq!(code(execute(&scene.bo, &approved).await), Code::FailedPrecondition);
     }
 }

@@ -33,7 +33,7 @@ use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::campaign::{
-    CampaignService, Change, LeaseQuery, NewCampaign, PlanPlace, ReportQuery, TaskLease, days_before,
+    CampaignChange, CampaignService, LeaseQuery, NewCampaign, PlanPlace, ReportQuery, TaskLease, days_before,
 };
 use kms_service::island::IslandContext;
 
@@ -59,7 +59,7 @@ impl CampaignApi {
         caller: Caller,
         message: ChangeCampaignRequest,
         name: &[u8],
-        change: Change,
+        change: CampaignChange,
     ) -> Result<Response<Campaign>, Status> {
         let request = parse::request(
             &message.request_id,
@@ -127,34 +127,34 @@ impl CampaignRpc for CampaignApi {
             &caller,
             request,
             campaign_id(&message.campaign_id)?,
-            Change::Approve { content_sha256 },
+            CampaignChange::Approve { content_sha256 },
         );
         Ok(Response::new(campaign.await?))
     }
 
     async fn start_campaign(&self, request: Request<ChangeCampaignRequest>) -> Result<Response<Campaign>, Status> {
         let caller = self.caller(&request)?;
-        self.change(caller, request.into_inner(), b"StartCampaign", Change::Start).await
+        self.change(caller, request.into_inner(), b"StartCampaign", CampaignChange::Start).await
     }
 
     async fn pause_campaign(&self, request: Request<ChangeCampaignRequest>) -> Result<Response<Campaign>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let change = Change::Pause { reason: parse_reason(message.reason.clone())? };
+        let change = CampaignChange::Pause { reason: parse_reason(message.reason.clone())? };
         self.change(caller, message, b"PauseCampaign", change).await
     }
 
     async fn resume_campaign(&self, request: Request<ChangeCampaignRequest>) -> Result<Response<Campaign>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let change = Change::Resume { reason: parse_reason(message.reason.clone())? };
+        let change = CampaignChange::Resume { reason: parse_reason(message.reason.clone())? };
         self.change(caller, message, b"ResumeCampaign", change).await
     }
 
     async fn abort_campaign(&self, request: Request<ChangeCampaignRequest>) -> Result<Response<Campaign>, Status> {
         let caller = self.caller(&request)?;
         let message = request.into_inner();
-        let change = Change::Abort { reason: parse_reason(message.reason.clone())? };
+        let change = CampaignChange::Abort { reason: parse_reason(message.reason.clone())? };
         self.change(caller, message, b"AbortCampaign", change).await
     }
 

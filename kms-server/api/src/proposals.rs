@@ -14,7 +14,7 @@ use crate::parse::{self, parse_reason};
 use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
-use kms_service::approval::{Change, ProposalService};
+use kms_service::approval::{ProposalChange, ProposalService};
 use kms_service::island::IslandContext;
 
 /// The service over gRPC.
@@ -71,7 +71,12 @@ impl Rpc for ProposalApi {
         let request = parse::request(&message.request_id, b"ApproveProposal", &same)?;
         Ok(Response::new(
             self.service
-                .change(&caller, request, proposal_id(&message.proposal_id)?, Change::Approve { content_sha256 })
+                .change(
+                    &caller,
+                    request,
+                    proposal_id(&message.proposal_id)?,
+                    ProposalChange::Approve { content_sha256 },
+                )
                 .await?,
         ))
     }
@@ -81,7 +86,7 @@ impl Rpc for ProposalApi {
         let message = request.into_inner();
         let same = WithdrawProposalRequest { request_id: Bytes::new(), ..message.clone() };
         let request = parse::request(&message.request_id, b"WithdrawProposal", &same)?;
-        let change = Change::Withdraw { reason: parse_reason(message.reason)? };
+        let change = ProposalChange::Withdraw { reason: parse_reason(message.reason)? };
         Ok(Response::new(self.service.change(&caller, request, proposal_id(&message.proposal_id)?, change).await?))
     }
 
@@ -94,7 +99,7 @@ impl Rpc for ProposalApi {
         let same = CarryOutProposalRequest { request_id: Bytes::new(), ..message.clone() };
         let request = parse::request(&message.request_id, b"CarryOutProposal", &same)?;
         Ok(Response::new(
-            self.service.change(&caller, request, proposal_id(&message.proposal_id)?, Change::CarryOut).await?,
+            self.service.change(&caller, request, proposal_id(&message.proposal_id)?, ProposalChange::Execute).await?,
         ))
     }
 }

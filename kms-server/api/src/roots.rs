@@ -17,7 +17,7 @@ use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::island::IslandContext;
-use kms_service::root::{Change, Destruction, RootService};
+use kms_service::root::{Destruction, RootService, RotationChange};
 
 /// The service over gRPC.
 pub(crate) struct RootApi {
@@ -48,7 +48,7 @@ impl RootRpc for RootApi {
         let message = request.into_inner();
         let same = RotateRootRequest { request_id: bytes::Bytes::new(), ..message.clone() };
         let request = parse::request(&message.request_id, b"RotateRoot", &same)?;
-        let change = Change::Rotate { rows_per_second: rate(message.rows_per_second)?.unwrap_or(DEFAULT_RATE) };
+        let change = RotationChange::Rotate { rows_per_second: rate(message.rows_per_second)?.unwrap_or(DEFAULT_RATE) };
         Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, change).await?))
     }
 
@@ -60,7 +60,7 @@ impl RootRpc for RootApi {
         let message = request.into_inner();
         let same = PauseRootRotationRequest { request_id: bytes::Bytes::new(), ..message.clone() };
         let request = parse::request(&message.request_id, b"PauseRootRotation", &same)?;
-        let change = Change::Pause { reason: parse_reason(message.reason)? };
+        let change = RotationChange::Pause { reason: parse_reason(message.reason)? };
         Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, change).await?))
     }
 
@@ -72,7 +72,7 @@ impl RootRpc for RootApi {
         let message = request.into_inner();
         let same = RotateRootRequest { request_id: bytes::Bytes::new(), ..message.clone() };
         let request = parse::request(&message.request_id, b"ResumeRootRotation", &same)?;
-        let change = Change::Resume { rows_per_second: rate(message.rows_per_second)? };
+        let change = RotationChange::Resume { rows_per_second: rate(message.rows_per_second)? };
         Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, change).await?))
     }
 
@@ -81,7 +81,7 @@ impl RootRpc for RootApi {
         let message = request.into_inner();
         let same = RetireRootRequest { request_id: bytes::Bytes::new(), ..message.clone() };
         let request = parse::request(&message.request_id, b"RetireRoot", &same)?;
-        Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, Change::Retire).await?))
+        Ok(Response::new(self.service.change(&caller, request, root(&message.root)?, RotationChange::Retire).await?))
     }
 
     async fn propose_root_destruction(

@@ -74,7 +74,7 @@ fn what_cannot_be_read_is_refused() {
     assert!(ServiceRequest::parse(&vec![0xC0; LONGEST_APDU + 1]).is_err());
 }
 
-/// What is decided on is what the meter carries out: there is one way only to read what is
+/// What is decided on is what the meter executes: there is one way only to read what is
 /// accepted.
 #[test]
 fn a_second_encoding_of_a_request_is_refused() {

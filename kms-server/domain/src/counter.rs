@@ -69,8 +69,8 @@ impl Counters {
 
     /// Reserves the next `chunk` counters for `holder`, all at or above `at_least`; fewer at the
     /// end of the counter space. `jump` is the island's: the counter first adds what it lacks of
-    /// it. A chunk for frames ends the leases of the chunk before it ([`CounterState::lent`]): the
-    /// caller has made sure that they may end.
+    /// it. A chunk for frames ends the leases of the chunk before it ([`CounterState::leased`]):
+    /// the caller has made sure that they may end.
     ///
     /// The caller stores the changed row before it allocates from the reservation. // I4: durable
     /// first, then allocated.
@@ -107,7 +107,7 @@ impl Counters {
         state.holder = Some(holder);
         state.floor = 0;
         state.jumped = state.jumped.max(jump);
-        state.lent = counter_use == CounterUse::Lease;
+        state.leased = counter_use == CounterUse::Lease;
         Ok(Reservation {
             key: state.key,
             first: first_counter,
@@ -158,7 +158,7 @@ impl Counters {
     /// Notes that a lease is allocated from a chunk that was reserved for frames. The caller stores
     /// the changed row with the grant.
     pub fn mark_leased(&mut self, key: CounterKey) {
-        self.state_mut(key).lent = true;
+        self.state_mut(key).leased = true;
     }
 
     /// Makes `floor` the lowest counter that may still be used, also inside a chunk that is in use.
@@ -233,7 +233,7 @@ impl Counters {
         state.ownership = CounterOwnership::Kms;
         state.bound = state.bound.max(floor.min(CounterState::END));
         state.end_chunk();
-        state.lent = false;
+        state.leased = false;
     }
 
     /// The state of this counter, added if there is none. For the one counter of all titles, the
@@ -252,7 +252,7 @@ impl Counters {
                     holder: None,
                     ownership: CounterOwnership::Kms,
                     jumped: CounterJump::NONE,
-                    lent: false,
+                    leased: false,
                     floor: 0,
                     hourly: HourlyUse::default(),
                 });
@@ -267,7 +267,7 @@ impl Counters {
     /// Turns all counters into the one for all client titles, above every one of them. A head-end's
     /// ownership stays, and so do leases.
     fn collapse(&mut self) {
-        let lent = self.0.iter().any(|state| state.lent);
+        let leased = self.0.iter().any(|state| state.leased);
         let bound = self.highest_bound().max(u64::from(CounterState::FIRST));
         let hourly = self
             .0
@@ -290,7 +290,7 @@ impl Counters {
             holder: None,
             ownership,
             jumped,
-            lent,
+            leased,
             floor: 0,
             hourly,
         });
@@ -306,7 +306,7 @@ impl Counters {
             state.jumped = if known { state.jumped.min(theirs.jumped) } else { theirs.jumped };
             // Above every floor of both, which are below their bounds.
             state.end_chunk();
-            state.lent |= theirs.lent;
+            state.leased |= theirs.leased;
             if (theirs.hourly.hour, theirs.hourly.counters) > (state.hourly.hour, state.hourly.counters) {
                 state.hourly = theirs.hourly;
             }

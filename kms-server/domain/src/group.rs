@@ -185,7 +185,7 @@ impl Group {
     /// The version that can be issued: the active one if none is named. A named version must be
     /// active, or the former one during the overlap. Never a pre-active (I3), suspended or
     /// compromised one.
-    pub fn lent(
+    pub fn issuable(
         &self,
         setup: SecuritySetupId,
         key_type: KeyType,

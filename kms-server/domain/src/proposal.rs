@@ -256,7 +256,7 @@ impl RootKind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProposalEnd {
     /// It was executed; otherwise withdrawn.
-    pub carried_out: bool,
+    pub executed: bool,
     /// By whom.
     pub principal: PrincipalId,
     /// When.
@@ -345,7 +345,7 @@ impl Proposal {
     /// Its state.
     pub fn state(&self, now: UnixMillis) -> ProposalState {
         match &self.end {
-            Some(ProposalEnd { carried_out: true, .. }) => ProposalState::CarriedOut,
+            Some(ProposalEnd { executed: true, .. }) => ProposalState::CarriedOut,
             Some(_) => ProposalState::Withdrawn,
             None if self.content.expires <= now => ProposalState::Expired,
             None if self.approvals.suffice(&self.terms()) => ProposalState::Approved,
@@ -375,7 +375,7 @@ impl Proposal {
         if self.end.is_some() {
             return Err(self.wrong_state("withdrawn", now));
         }
-        self.end = Some(ProposalEnd { carried_out: false, principal, time: now });
+        self.end = Some(ProposalEnd { executed: false, principal, time: now });
         Ok(())
     }
 
@@ -388,7 +388,7 @@ impl Proposal {
         if self.state(now) != ProposalState::Approved {
             return Err(self.wrong_state("executed", now));
         }
-        self.end = Some(ProposalEnd { carried_out: true, principal, time: now });
+        self.end = Some(ProposalEnd { executed: true, principal, time: now });
         Ok(self.content.action.clone())
     }
 

@@ -1,9 +1,9 @@
 //! I4 under interleaving: servers that race, crash and come back, floors that rise inside, at the
-//! edge of and above the chunk that a server deals from, head-ends that count for a while, a backup
-//! that is restored, and a second meter that turns out to have the same key value. Whatever the
-//! order, no (key value, client title, counter) is dealt twice, a newer lease is higher, and
-//! nothing is dealt below a floor. Nor do sessions and frames, together with what a meter's word
-//! skips, ever take more counters than an hour has, whatever transfers reserve meanwhile.
+//! edge of and above the chunk that a server allocates from, head-ends that count for a while, a
+//! backup that is restored, and a second meter that turns out to have the same key value. Whatever
+//! the order, no (key value, client title, counter) is allocated twice, a newer lease is higher,
+//! and nothing is allocated below a floor. Sessions, frames, and what a meter's unproven statement
+//! skips together never take more counters than an hour has, whatever transfers reserve meanwhile.
 
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
@@ -22,8 +22,9 @@ use proptest::prelude::*;
 enum Step {
     /// A server begins a grant: it reads the rows.
     Read { server: usize, meter: usize, title: usize },
-    /// It goes on: deals from its chunk or reserves another one, and commits if no row that it read
-    /// has changed. `count` is in units of the world's scale; a transfer takes one or two counters.
+    /// It goes on: allocates from its chunk or reserves another one, and commits if no row that
+    /// it read has changed. `count` is in units of the world's scale; a transfer takes one or two
+    /// counters.
     Commit { server: usize, count: u32, counter_use: CounterUse },
     /// A server dies and starts again, as another writer with empty memory.
     Crash { server: usize },
@@ -141,9 +142,9 @@ struct World {
     scopes: [CounterScope; 2],
     backup: Option<Database>,
     jump: CounterJump,
-    /// The highest floor of each client title: what is dealt from now on is at or above it.
+    /// The highest floor of each client title: what is allocated from now on is at or above it.
     floors: HashMap<SystemTitle, u64>,
-    /// What was dealt below a floor.
+    /// What was allocated below a floor.
     below_floor: Vec<(SystemTitle, Lease, u64)>,
     /// All leases of the one key value, by client title.
     leases: HashMap<SystemTitle, Vec<Lease>>,
@@ -276,7 +277,7 @@ impl World {
     }
 
     /// `hour` is that of the chunk's reservation, where the cap counts it.
-    fn dealt(&mut self, title: SystemTitle, lease: Lease, counter_use: CounterUse, hour: Hour) {
+    fn allocated(&mut self, title: SystemTitle, lease: Lease, counter_use: CounterUse, hour: Hour) {
         if counter_use != CounterUse::Transfer {
             *self.taken.entry(hour).or_default() += u64::from(lease.count);
         }
@@ -305,7 +306,7 @@ impl World {
         {
             let hour = *hour;
             if unchanged {
-                self.dealt(title, lease, counter_use, hour);
+                self.allocated(title, lease, counter_use, hour);
             }
             return;
         }
@@ -335,7 +336,7 @@ impl World {
         let lease = chunk.allocate(self.database.counters(meter).unwrap().get(key).unwrap(), count, jump);
         self.servers[server_number].chunks.insert((meter, key), (chunk, hour));
         if let Ok(lease) = lease {
-            self.dealt(title, lease, counter_use, hour);
+            self.allocated(title, lease, counter_use, hour);
         }
     }
 
@@ -450,7 +451,7 @@ fn transfers_and_answers_open_no_way_past_the_hour() {
     }
 }
 
-/// The model must be able to fail: it deals leases, hands chunks over and lets a meter join.
+/// The model must be able to fail: it allocates leases, hands chunks over and lets a meter join.
 #[test]
 fn the_model_reaches_what_it_is_about() {
     let mut world = World::new([CounterScope::ClientTitle; 2], 1);
@@ -470,7 +471,7 @@ fn the_model_reaches_what_it_is_about() {
     assert_eq!(read.counters.highest_bound(), 500);
 }
 
-/// Floors inside the chunk, at its edge and above it, for the server that deals from it and for
+/// Floors inside the chunk, at its edge and above it, for the server that allocates from it and for
 /// another one that has read the row.
 #[test]
 fn a_floor_binds_every_server_at_once() {

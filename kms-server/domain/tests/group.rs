@@ -37,8 +37,8 @@ fn counts(members: u64, acknowledged: u64) -> MemberCounts {
     MemberCounts { members, acknowledged, unacknowledged: 0 }
 }
 
-fn lent(group: &Group, named: Option<u32>) -> Option<u32> {
-    group.lent(SETUP, GBEK, named.map(number)).map(|version| version.number().number())
+fn issuable(group: &Group, named: Option<u32>) -> Option<u32> {
+    group.issuable(SETUP, GBEK, named.map(number)).map(|version| version.number().number())
 }
 
 fn delivered(version: u32) -> SharedKey {
@@ -55,13 +55,16 @@ fn delivered(version: u32) -> SharedKey {
 #[test]
 fn one_version_for_all_members_and_both_in_the_overlap() {
     let mut group = group();
-    assert_eq!((lent(&group, None), lent(&group, Some(1)), lent(&group, Some(2))), (Some(1), Some(1), None));
+    assert_eq!(
+        (issuable(&group, None), issuable(&group, Some(1)), issuable(&group, Some(2))),
+        (Some(1), Some(1), None)
+    );
     assert_eq!(begin(&mut group), BegunRotation { version: number(2), made: true, given_up: None });
     // A further campaign goes on with the version that is rolled out.
     assert_eq!(begin(&mut group), BegunRotation { version: number(2), made: false, given_up: None });
     assert_eq!(group.newest(SETUP, GBEK).unwrap().number(), number(2));
-    // I3: it is lent to nobody before the switch.
-    assert_eq!((lent(&group, None), lent(&group, Some(2))), (Some(1), None));
+    // I3: it is issued to nobody before the switch.
+    assert_eq!((issuable(&group, None), issuable(&group, Some(2))), (Some(1), None));
     assert_eq!(
         group.switch(SETUP, GBEK, number(2), false, NOW),
         Err(GroupError::TooFew { threshold: SwitchThreshold::DEFAULT })
@@ -72,12 +75,15 @@ fn one_version_for_all_members_and_both_in_the_overlap() {
     assert_eq!(group.rotation(SETUP, GBEK).unwrap().stage(), RotationStage::MaySwitch);
     assert_eq!(group.switch(SETUP, GBEK, number(1), false, NOW), Err(GroupError::NotRolledOut { version: number(1) }));
     assert_eq!(group.switch(SETUP, GBEK, number(2), false, NOW), Ok(Some(number(1))));
-    assert_eq!((lent(&group, None), lent(&group, Some(1)), lent(&group, Some(2))), (Some(2), Some(1), Some(2)));
+    assert_eq!(
+        (issuable(&group, None), issuable(&group, Some(1)), issuable(&group, Some(2))),
+        (Some(2), Some(1), Some(2))
+    );
     assert!(group.switch(SETUP, GBEK, number(2), true, NOW).is_err(), "it has switched");
     // The overlap ends with the last member.
     assert!(!group.note_members(SETUP, GBEK, number(2), counts(100, 99), NOW));
     assert!(group.note_members(SETUP, GBEK, number(2), counts(100, 100), NOW));
-    assert_eq!((lent(&group, None), lent(&group, Some(1))), (Some(2), None));
+    assert_eq!((issuable(&group, None), issuable(&group, Some(1))), (Some(2), None));
     // I3: the former version stays a candidate until the retention time has passed.
     assert_eq!(group.slots.get(SETUP, GBEK).unwrap().candidates().count(), 2);
     assert_eq!(begin(&mut group).version, number(3));

@@ -28,7 +28,7 @@ pub(super) struct Staged {
     pub(super) refused_lines: Vec<ShipmentRefusal>,
     pub(super) tasks: HashMap<TaskKey, TaskRow>,
     /// The earlier state of what was replaced: [`Self::undo`] needs it.
-    pub(super) log: Vec<Change>,
+    pub(super) log: Vec<StagedChange>,
 }
 
 /// What was answered to a request.
@@ -40,7 +40,7 @@ pub(super) struct StagedRequest {
 }
 
 /// A change of something that is not only appended, with what was there before.
-pub(super) enum Change {
+pub(super) enum StagedChange {
     /// A row was staged.
     Row(RowId, Option<Opened>),
     /// A task was staged.
@@ -70,7 +70,7 @@ impl Staged {
         let of_right = !self.grants.is_empty()
             || !self.revocations.is_empty()
             || !self.refused_lines.is_empty()
-            || self.log.iter().any(|change| !matches!(change, Change::Task(..)));
+            || self.log.iter().any(|change| !matches!(change, StagedChange::Task(..)));
         let in_progress = !self.tasks.is_empty() || !self.shipments.is_empty();
         match kind {
             Kind::Recorded if self.events.is_empty() => Some("is declared as recorded, but its entry was undone"),
@@ -103,12 +103,12 @@ impl Staged {
         let mut leases = Vec::new();
         for change in self.log.drain(before.log..).rev() {
             match change {
-                Change::Row(id, Some(opened)) => drop(self.rows.insert(id, opened)),
-                Change::Row(id, None) => drop(self.rows.remove(&id)),
-                Change::Task(_, Some(row)) => drop(self.tasks.insert(row.key, row)),
-                Change::Task(key, None) => drop(self.tasks.remove(&key)),
-                Change::Fingerprint(prefix) => drop(self.fingerprints.get_mut(&prefix).and_then(Vec::pop)),
-                Change::Lease(name, until) => leases.push((name, until)),
+                StagedChange::Row(id, Some(opened)) => drop(self.rows.insert(id, opened)),
+                StagedChange::Row(id, None) => drop(self.rows.remove(&id)),
+                StagedChange::Task(_, Some(row)) => drop(self.tasks.insert(row.key, row)),
+                StagedChange::Task(key, None) => drop(self.tasks.remove(&key)),
+                StagedChange::Fingerprint(prefix) => drop(self.fingerprints.get_mut(&prefix).and_then(Vec::pop)),
+                StagedChange::Lease(name, until) => leases.push((name, until)),
             }
         }
         self.events.truncate(before.events);

@@ -29,7 +29,7 @@ pub struct ProposalService {
 
 /// A change of a proposal by an officer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum ProposalChange {
     /// Approves the content with this digest.
     Approve {
         /// SHA-256 of the content that the approver has seen.
@@ -41,15 +41,15 @@ pub enum Change {
         reason: String,
     },
     /// Executes it.
-    CarryOut,
+    Execute,
 }
 
-impl Change {
+impl ProposalChange {
     const fn action(&self) -> Action {
         match self {
             Self::Approve { .. } => Action::ApproveProposal,
             Self::Withdraw { .. } => Action::WithdrawProposal,
-            Self::CarryOut => Action::CarryOutProposal,
+            Self::Execute => Action::CarryOutProposal,
         }
     }
 
@@ -85,7 +85,7 @@ impl Change {
                 view.put_proposal(proposal)?;
                 Ok(entry)
             }
-            Self::CarryOut => {
+            Self::Execute => {
                 let (action, entry) = execute(view, permit, id)?;
                 match action {
                     ProposedAction::RaiseCounter(raise) => raise_counter(view, island, permit, &raise, id)?,
@@ -159,7 +159,7 @@ impl ProposalService {
         caller: &Caller,
         request: Request,
         id: ProposalId,
-        change: Change,
+        change: ProposalChange,
     ) -> Result<v1::Proposal, ServiceError> {
         let action = change.action();
         self.island.require(caller, &action).await?;
@@ -179,7 +179,7 @@ impl ProposalService {
 struct ChangeProposal {
     island: Arc<IslandContext>,
     id: ProposalId,
-    change: Change,
+    change: ProposalChange,
     /// The meter that the proposal is about.
     about: Option<SystemTitle>,
 }

@@ -50,7 +50,7 @@ pub struct CampaignService {
 
 /// What an officer does with a campaign.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum CampaignChange {
     /// Approves the content with this digest.
     Approve {
         /// SHA-256 of the content that the approver has looked at.
@@ -75,7 +75,7 @@ pub enum Change {
     },
 }
 
-impl Change {
+impl CampaignChange {
     const fn action(&self) -> Action {
         match self {
             Self::Approve { .. } => Action::ApproveCampaign,
@@ -152,16 +152,16 @@ impl CampaignService {
         caller: &Caller,
         request: Request,
         id: CampaignId,
-        change: Change,
+        change: CampaignChange,
     ) -> Result<v1::Campaign, ServiceError> {
         let action = change.action();
         self.island.require(caller, &action).await?;
         let counts = match &change {
-            Change::Resume { .. } => self.wave_counts(&*self.load(id).await?).await?,
+            CampaignChange::Resume { .. } => self.wave_counts(&*self.load(id).await?).await?,
             _ => kms_domain::WaveCounts::default(),
         };
         let new_version = match &change {
-            Change::Start => self.new_group_version(&*self.load(id).await?).await?,
+            CampaignChange::Start => self.new_group_version(&*self.load(id).await?).await?,
             _ => None,
         };
         let act = ChangeCampaign { id, change, counts, new_version };
@@ -219,7 +219,7 @@ impl CampaignService {
 /// A change of a campaign, as one act.
 struct ChangeCampaign {
     id: CampaignId,
-    change: Change,
+    change: CampaignChange,
     /// The counts of the present wave, if the change needs them.
     counts: kms_domain::WaveCounts,
     new_version: Option<NewGroupVersion>,

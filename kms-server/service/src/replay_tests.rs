@@ -24,7 +24,7 @@ use crate::island::IslandContext;
 use crate::testing::{TestIsland, client_title, island_tests, meter, put_principal, sample};
 use crate::{
     Request,
-    approval::{Change, ProposalService},
+    approval::{ProposalChange, ProposalService},
     campaign::{self, CampaignService},
     certificate::signing::CA_KEY,
     certificate::{self, CertificateAuthority, Validity},
@@ -759,7 +759,8 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
         call!("approve", ProposalService, colleague, |service, by, request| async move {
             let mut proposals = service.list(&by, None, 9).await?;
             let proposal = proposals.remove(0);
-            let change = Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
+            let change =
+                ProposalChange::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
             service.change(&by, request, ProposalId::from_octets(&proposal.proposal_id).unwrap(), change).await
         }),
         call!("carry out", ProposalService, island.officer, |service, by, request| async move {
@@ -769,7 +770,7 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
                     &by,
                     request,
                     ProposalId::from_octets(&proposals.remove(0).proposal_id).unwrap(),
-                    Change::CarryOut,
+                    ProposalChange::Execute,
                 )
                 .await
         }),
@@ -789,7 +790,7 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
                     &by,
                     request,
                     campaign::tests::id(&draft),
-                    campaign::Change::Abort { reason: "test".to_owned() },
+                    campaign::CampaignChange::Abort { reason: "test".to_owned() },
                 )
                 .await
         }),

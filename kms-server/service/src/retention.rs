@@ -1,5 +1,5 @@
-//! Retention: the daily maintenance destroys key versions that nobody needs any more. Old versions
-//! of a slot are destroyed when a later one was proven and the retention time has passed since
+//! The daily retention pass destroys key versions that nobody needs any more. Old versions of a
+//! slot are destroyed when a later one was proven and the retention time has passed since
 //! (I3). All versions of a retired meter are destroyed when it has passed since the retirement.
 //!
 //! A destroyed version has no wrapped key in its row, and a diversified one is never derived again.
@@ -25,16 +25,16 @@ use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 use kms_ledger::{CLOCK_JUMPED, Decision, ServerAct, View};
 
-/// The daily maintenance of an island. It also completes the list of the members of groups.
+/// The daily retention pass of an island. It also completes the list of the members of groups.
 #[derive(Clone)]
-pub struct Maintenance {
+pub struct RetentionPass {
     island: Arc<IslandContext>,
     retention: Retention,
 }
 
-/// What a run of the maintenance read and changed.
+/// What a run of the retention pass read and changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MaintenanceReport {
+pub struct RetentionReport {
     /// Rows of meters and groups.
     pub rows_read: u64,
     /// Rows that were written.
@@ -47,8 +47,8 @@ pub struct MaintenanceReport {
     pub clock_in_doubt: bool,
 }
 
-impl Maintenance {
-    /// The maintenance of an island with this retention time.
+impl RetentionPass {
+    /// The retention pass of an island with this retention time.
     pub const fn new(island: Arc<IslandContext>, retention: Retention) -> Self {
         Self { island, retention }
     }
@@ -71,12 +71,12 @@ impl Maintenance {
             tokio::time::sleep(FIRST).await;
             loop {
                 match self.run(self.time().await).await {
-                    Ok(MaintenanceReport { clock_in_doubt: true, .. }) => {
+                    Ok(RetentionReport { clock_in_doubt: true, .. }) => {
                         tracing::warn!(
                             "a clock was set ahead within the last week: no key is destroyed until a week has passed since, or the clock is set right"
                         );
                     }
-                    Ok(MaintenanceReport { rows_read, rows_changed, released, destroyed, clock_in_doubt: false }) => {
+                    Ok(RetentionReport { rows_read, rows_changed, released, destroyed, clock_in_doubt: false }) => {
                         tracing::info!(
                             rows_read,
                             rows_changed,
@@ -129,9 +129,9 @@ impl Maintenance {
     /// The database cannot be reached, or the server is busy. What was done before is committed and
     /// recorded.
     #[boxed]
-    pub async fn run(&self, now: UnixMillis) -> Result<MaintenanceReport, ServiceError> {
+    pub async fn run(&self, now: UnixMillis) -> Result<RetentionReport, ServiceError> {
         let mut report =
-            MaintenanceReport { clock_in_doubt: self.is_clock_in_doubt(now).await?, ..MaintenanceReport::default() };
+            RetentionReport { clock_in_doubt: self.is_clock_in_doubt(now).await?, ..RetentionReport::default() };
         if report.clock_in_doubt {
             return Ok(report);
         }
@@ -189,7 +189,7 @@ impl Maintenance {
         &self,
         due: Vec<SystemTitle>,
         now: UnixMillis,
-        report: &mut MaintenanceReport,
+        report: &mut RetentionReport,
     ) -> Result<(), ServiceError> {
         let retention = self.retention;
         let reads = Reads { meters: due.clone(), ..Reads::default() };
@@ -213,7 +213,7 @@ impl Maintenance {
         &self,
         due: Vec<GroupId>,
         now: UnixMillis,
-        report: &mut MaintenanceReport,
+        report: &mut RetentionReport,
     ) -> Result<(), ServiceError> {
         let retention = self.retention;
         let reads = Reads {
@@ -234,7 +234,7 @@ impl Maintenance {
         .await
     }
 
-    async fn act<F>(&self, reads: Reads, report: &mut MaintenanceReport, mut decide: F) -> Result<(), ServiceError>
+    async fn act<F>(&self, reads: Reads, report: &mut RetentionReport, mut decide: F) -> Result<(), ServiceError>
     where
         F: FnMut(&mut View<'_, '_>) -> Result<Done, ServiceError> + Send + 'static,
     {

@@ -75,7 +75,7 @@ impl RootTiming {
 
 /// A change of a root's rotation by an officer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum RotationChange {
     /// Makes the newest version current and begins the pass, if the root has one.
     Rotate {
         /// The most rows that the pass reads in a second.
@@ -209,12 +209,12 @@ impl RootService {
         caller: &Caller,
         request: Request,
         purpose: RootPurpose,
-        change: Change,
+        change: RotationChange,
     ) -> Result<v1::ShowRootsResponse, ServiceError> {
         self.island.require(caller, &Action::RotateRoot).await?;
         let known = self.newest_row().await;
         let no_root = || refused(RootError::NoSuchRoot { purpose });
-        let to = if matches!(change, Change::Rotate { .. }) {
+        let to = if matches!(change, RotationChange::Rotate { .. }) {
             // A version that was given up cannot become current.
             let newest = known
                 .root_versions(purpose)
@@ -290,7 +290,7 @@ impl RootService {
 /// The act of an officer that changes the rotation of a root.
 struct ChangeRotation {
     island: Arc<IslandContext>,
-    change: Change,
+    change: RotationChange,
     to: RootId,
     /// How many rows a pass will look at.
     rows: u64,
@@ -323,7 +323,7 @@ impl Act for ChangeRotation {
             ..RootRotationChanged::default()
         };
         match &self.change {
-            Change::Rotate { rows_per_second } => {
+            RotationChange::Rotate { rows_per_second } => {
                 let from = row.activate_root(to, self.settling, now).map_err(refused)?;
                 event = RootRotationChanged {
                     change: "begun".to_owned(),
@@ -342,7 +342,7 @@ impl Act for ChangeRotation {
                 }
                 view.put_island(row)?;
             }
-            Change::Retire => {
+            RotationChange::Retire => {
                 if purpose != RootPurpose::VendorTransport {
                     return Err(ServiceError::invalid(
                         "root",
@@ -353,13 +353,13 @@ impl Act for ChangeRotation {
                 event.change = "retired".to_owned();
                 view.put_island(row)?;
             }
-            Change::Pause { reason } => {
+            RotationChange::Pause { reason } => {
                 let mut rotation = (*view.root_rotation(to)?.ok_or_else(|| no_rotation(purpose))?).clone();
                 rotation.pause(reason.clone(), now).map_err(|state| is_in(purpose, state))?;
                 event = RootRotationChanged { change: "paused".to_owned(), reason: reason.clone(), ..event };
                 view.put_root_rotation(rotation)?;
             }
-            Change::Resume { rows_per_second } => {
+            RotationChange::Resume { rows_per_second } => {
                 let mut rotation = (*view.root_rotation(to)?.ok_or_else(|| no_rotation(purpose))?).clone();
                 rotation.resume(*rows_per_second, now).map_err(|state| is_in(purpose, state))?;
                 event = RootRotationChanged {

@@ -129,7 +129,7 @@ async fn two_servers_deal_no_number_twice() {
     for store in [&f.store, &other, &f.store, &other] {
         let (store, titles) = (Arc::clone(store), titles.clone());
         tasks.spawn(async move {
-            let mut dealt = Vec::new();
+            let mut leased = Vec::new();
             for _ in 0..20 {
                 let mut now = Vec::new();
                 store
@@ -146,16 +146,16 @@ async fn two_servers_deal_no_number_twice() {
                     })
                     .await
                     .unwrap();
-                dealt.append(&mut now);
+                leased.append(&mut now);
             }
-            dealt
+            leased
         });
     }
-    let mut dealt: Vec<_> = tasks.join_all().await.concat();
-    assert_eq!(dealt.len(), 4 * 20 * 100);
-    dealt.sort();
-    dealt.dedup();
-    assert_eq!(dealt.len(), 4 * 20 * 100);
+    let mut leased: Vec<_> = tasks.join_all().await.concat();
+    assert_eq!(leased.len(), 4 * 20 * 100);
+    leased.sort();
+    leased.dedup();
+    assert_eq!(leased.len(), 4 * 20 * 100);
 }
 
 /// Both servers get the same request: one executes it, the other sees its outcome.

@@ -139,7 +139,7 @@ pub struct CounterState {
     pub(super) holder: Option<WriterId>,
     pub(super) ownership: CounterOwnership,
     pub(super) jumped: CounterJump,
-    pub(super) lent: bool,
+    pub(super) leased: bool,
     pub(super) floor: u64,
     pub(super) hourly: HourlyUse,
 }
@@ -165,8 +165,8 @@ impl CounterState {
     /// The bound from which a new key is due: 80 % of all counters.
     pub const ROTATION_DUE: u64 = Self::END / 5 * 4;
 
-    /// A counter of which everything below `bound` counts as used. `lent` is the value of
-    /// [`Self::lent`].
+    /// A counter of which everything below `bound` counts as used. `leased` is the value of
+    /// [`Self::leased`].
     ///
     /// # Errors
     /// The bound is above [`Self::END`].
@@ -175,7 +175,7 @@ impl CounterState {
         bound: u64,
         holder: Option<WriterId>,
         ownership: CounterOwnership,
-        lent: bool,
+        leased: bool,
     ) -> Result<Self, CounterError> {
         if bound > Self::END {
             return Err(CounterError::OutOfRange { bound });
@@ -186,7 +186,7 @@ impl CounterState {
             holder,
             ownership,
             jumped: CounterJump::NONE,
-            lent,
+            leased,
             floor: 0,
             hourly: HourlyUse::default(),
         })
@@ -256,8 +256,8 @@ impl CounterState {
     /// Whether leases were allocated from the chunk that ends at the bound. A grantee may then
     /// still use counters below the bound, and a meter that saw a higher counter would refuse them.
     /// Only the holder knows until when; every other server must assume that a lease is live.
-    pub const fn lent(&self) -> bool {
-        self.lent
+    pub const fn leased(&self) -> bool {
+        self.leased
     }
 
     /// The lowest counter that the holder may still allocate from the chunk that ends at the bound;

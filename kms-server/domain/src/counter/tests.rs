@@ -81,7 +81,7 @@ fn the_last_counters_are_for_transfers_alone() {
     }
     assert_eq!(next(CounterState::END - 1, CounterUse::Transfer), Ok((CounterState::END - 1, CounterState::END)));
     assert_eq!(next(CounterState::END, CounterUse::Transfer), Err(CounterError::Exhausted { key }));
-    // Who holds a transfer's chunk there deals nothing else from it.
+    // Who holds a transfer's chunk there allocates nothing else from it.
     let mut counters = Counters::default();
     counters.raise_floor(key, end, None).unwrap();
     let held = LiveChunk::new(counters.reserve(key, CounterUse::Transfer, server(1), chunk(1), 0, NONE).unwrap());
@@ -144,7 +144,7 @@ fn a_meter_s_word_takes_no_more_than_the_hour_has_and_nothing_of_the_reserve() {
     }
     assert_eq!(counters.highest_bound(), 1_000_001);
     // Sessions and answers have one hour; a transfer goes on, and so does who repeats a counter
-    // that was dealt.
+    // that was allocated.
     let reserved = counters.clone().reserve(key, CounterUse::Lease, server(1), chunk(1), 0, NONE).unwrap();
     assert!(counters.clone().count_into_hour(reserved, CounterUse::Lease, cap, UnixMillis(4 * HOUR)).is_err());
     assert!(counters.count_into_hour(reserved, CounterUse::Transfer, cap, UnixMillis(4 * HOUR)).is_ok());
@@ -204,24 +204,24 @@ fn a_floor_inside_the_chunk_binds_its_holder_and_wastes_nothing() {
     let key = CounterKey::ClientTitle(title(1));
     let mut counters = Counters::default();
     let mut held = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
-    let mut deal = |counters: &Counters, leased| {
+    let mut allocate = |counters: &Counters, leased| {
         held.allocate(counters.get(key).unwrap(), count(leased), NONE).map(|lease| lease.first)
     };
-    assert_eq!(deal(&counters, 10), Ok(1));
+    assert_eq!(allocate(&counters, 10), Ok(1));
     // A meter repeats a low counter, again and again.
     for floor in [5, 11, 3, 11] {
         counters.raise_floor(key, floor, Some(0)).unwrap();
     }
-    assert_eq!(deal(&counters, 10), Ok(11));
+    assert_eq!(allocate(&counters, 10), Ok(11));
     counters.raise_floor(key, 51, Some(0)).unwrap();
-    assert_eq!(deal(&counters, 10), Ok(51));
-    assert_eq!(deal(&counters, 10), Ok(61));
+    assert_eq!(allocate(&counters, 10), Ok(51));
+    assert_eq!(allocate(&counters, 10), Ok(61));
     // The last counter of the chunk, and the first above it.
     counters.raise_floor(key, 100, Some(0)).unwrap();
-    assert_eq!(deal(&counters, 2), Err(AllocateError::Spent));
-    assert_eq!(deal(&counters, 1), Ok(100));
+    assert_eq!(allocate(&counters, 2), Err(AllocateError::Spent));
+    assert_eq!(allocate(&counters, 1), Ok(100));
     counters.raise_floor(key, 101, Some(0)).unwrap();
-    assert_eq!(deal(&counters, 1), Err(AllocateError::Superseded));
+    assert_eq!(allocate(&counters, 1), Err(AllocateError::Superseded));
     assert_eq!(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap().first, 101);
     assert_eq!(counters.get(key).unwrap().floor(), 0);
 }
@@ -370,31 +370,31 @@ fn a_jump_is_not_lost_when_counters_join() {
 #[test]
 fn a_chunk_says_whether_leases_were_dealt_from_it() {
     let key = CounterKey::ClientTitle(title(1));
-    let lent = |counters: &Counters| counters.get(key).unwrap().lent();
+    let leased = |counters: &Counters| counters.get(key).unwrap().leased();
     let mut counters = Counters::default();
     counters.reserve(key, CounterUse::Frames, server(1), chunk(10), 0, NONE).unwrap();
-    assert!(!lent(&counters));
+    assert!(!leased(&counters));
     counters.mark_leased(key);
-    assert!(lent(&counters));
+    assert!(leased(&counters));
     // The chunk of another server for frames is above every lease: they have ended.
     counters.reserve(key, CounterUse::Frames, server(2), chunk(10), 0, NONE).unwrap();
-    assert!(!lent(&counters));
+    assert!(!leased(&counters));
     counters.reserve(key, CounterUse::Lease, server(2), chunk(10), 0, NONE).unwrap();
     // A floor, a jump, a domain or the one counter of all titles leave the grantee in the
     // belief that it may count on.
     counters.raise_floor(key, 1_000, None).unwrap();
-    assert!(lent(&counters));
+    assert!(leased(&counters));
     let mut domain = CounterDomain::new(CounterDomainId([7; 16]));
     domain.join(&counters);
-    assert!(lent(&domain.counters));
+    assert!(leased(&domain.counters));
     let mut whole_setup = Counters::default();
     whole_setup.raise_floor(CounterKey::Setup, 20, None).unwrap();
     domain.join(&whole_setup);
-    assert!(domain.counters.get(CounterKey::Setup).unwrap().lent());
-    // What this system lent before the counter was a head-end's is forgotten with it.
+    assert!(domain.counters.get(CounterKey::Setup).unwrap().leased());
+    // What this system leased before the counter was a head-end's is forgotten with it.
     counters.leave_to(key, head_end());
     counters.take_over(key, 2_000);
-    assert!(!lent(&counters));
+    assert!(!leased(&counters));
 }
 
 #[test]

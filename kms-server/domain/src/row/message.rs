@@ -287,7 +287,7 @@ pub(super) struct CounterRow {
     pub(super) jumped: u64,
     /// Leases were allocated from the chunk that ends at the bound.
     #[prost(bool, tag = "6")]
-    pub(super) lent: bool,
+    pub(super) leased: bool,
     /// The lowest counter that the holder may still allocate; 0: all that is left of its chunk.
     #[prost(uint64, tag = "7")]
     pub(super) floor: u64,

@@ -25,7 +25,7 @@ struct ProposalRow {
 #[derive(Clone, PartialEq, Message)]
 struct EndRow {
     #[prost(bool, tag = "1")]
-    carried_out: bool,
+    executed: bool,
     #[prost(string, tag = "2")]
     principal: String,
     #[prost(int64, tag = "3")]
@@ -109,7 +109,7 @@ impl Proposal {
         let row = ProposalRow::decode(body)?;
         let end = |row: EndRow| {
             Ok::<_, RowError>(ProposalEnd {
-                carried_out: row.carried_out,
+                executed: row.executed,
                 principal: PrincipalId::parse(&row.principal)?,
                 time: moment(row.time)?,
             })
@@ -127,7 +127,7 @@ impl Proposal {
     /// The body of the proposal's row.
     pub fn to_row(&self) -> Vec<u8> {
         let end = |end: &ProposalEnd| EndRow {
-            carried_out: end.carried_out,
+            executed: end.executed,
             principal: end.principal.to_string(),
             time: end.time.0,
         };

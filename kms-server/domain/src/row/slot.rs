@@ -239,7 +239,7 @@ pub(super) fn counters_from_rows(rows: Vec<CounterRow>, principals: &Principals)
             };
             let holder = if row.holder.is_empty() { None } else { Some(WriterId::from_octets(&row.holder)?) };
             let ownership = principals.optional(row.owned_by)?.map_or(CounterOwnership::Kms, CounterOwnership::HeadEnd);
-            let state = CounterState::new(key, row.bound, holder, ownership, row.lent)?
+            let state = CounterState::new(key, row.bound, holder, ownership, row.leased)?
                 .with_jumped(CounterJump::new(row.jumped));
             let hourly = HourlyUse { hour: QuotaHour::from_number(row.hour), counters: row.reserved };
             Ok(state.with_floor(row.floor)?.with_hourly(hourly))
@@ -264,7 +264,7 @@ pub(super) fn counters_to_rows(counters: &Counters, principals: &mut Principals)
                 CounterOwnership::HeadEnd(head_end) => principals.reference(head_end),
             },
             jumped: state.jumped().counters(),
-            lent: state.lent(),
+            leased: state.leased(),
             floor: state.floor(),
             hour: state.hourly().hour.number(),
             reserved: state.hourly().counters,

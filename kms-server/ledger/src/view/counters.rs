@@ -12,7 +12,7 @@ use kms_proto::v1::SecurityEvent;
 use super::View;
 use crate::{
     chunks::{ChunkName, HeldChunk},
-    staged::Change,
+    staged::StagedChange,
 };
 use kms_base::bounds::Bound;
 use kms_base::error::ServiceError;
@@ -82,7 +82,7 @@ impl View<'_, '_> {
     ) -> Result<Lease, ServiceError> {
         let (name, state) = self.counter(of)?;
         if let Some(lease) = self.allocate_from_chunk(name, counter_use, state.as_ref(), count, until) {
-            if counter_use == CounterUse::Lease && state.is_some_and(|state| !state.lent()) {
+            if counter_use == CounterUse::Lease && state.is_some_and(|state| !state.leased()) {
                 // Other servers, and this server after a restart, know of the lease only from the
                 // row.
                 self.change_counters(of, name, |counters| {
@@ -240,7 +240,7 @@ impl View<'_, '_> {
         let own = self.held(&name).filter(|held| state.holder() == Some(writer) && state.bound() == held.chunk.bound());
         Ok(match own {
             Some(held) => Some(LiveLease::Until(held.leased_until)).filter(|_| held.leased_until > now),
-            None => state.lent().then_some(LiveLease::EndUnknown),
+            None => state.leased().then_some(LiveLease::EndUnknown),
         })
     }
 
@@ -311,7 +311,7 @@ impl View<'_, '_> {
         }
         let lease = held.chunk.allocate(state?, count, jump).ok()?;
         let before = std::mem::replace(&mut held.leased_until, until);
-        self.staged.log.push(Change::Lease(name, before));
+        self.staged.log.push(StagedChange::Lease(name, before));
         Some(lease)
     }
 }

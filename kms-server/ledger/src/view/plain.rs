@@ -10,7 +10,7 @@ use kms_store::{
 };
 
 use super::{View, not_read};
-use crate::staged::Change;
+use crate::staged::StagedChange;
 use kms_base::error::ServiceError;
 
 impl View<'_, '_> {
@@ -71,7 +71,7 @@ impl View<'_, '_> {
     /// Stores the fingerprint of a new key.
     pub fn put_fingerprint(&mut self, prefix: FingerprintPrefix, owner: FingerprintOwner) {
         self.staged.fingerprints.entry(prefix).or_default().push(owner);
-        self.staged.log.push(Change::Fingerprint(prefix));
+        self.staged.log.push(StagedChange::Fingerprint(prefix));
     }
 
     /// A shipment in the spool.

@@ -14,7 +14,7 @@ use crate::{
     draft::OpenError,
     owner_row::OwnerRow,
     sealed::{Opened, RowContent, Value},
-    staged::Change,
+    staged::StagedChange,
 };
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
@@ -294,7 +294,7 @@ impl View<'_, '_> {
         let reprojected = reprojected || before.is_some_and(|opened| opened.changed && opened.reprojected);
         let before =
             self.staged.rows.insert(id.clone(), Opened { generation, value: Some(value), changed: true, reprojected });
-        self.staged.log.push(Change::Row(id, before));
+        self.staged.log.push(StagedChange::Row(id, before));
         Ok(())
     }
 

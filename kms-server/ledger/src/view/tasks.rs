@@ -4,7 +4,7 @@
 use kms_store::{Lookup, TaskKey, TaskRow};
 
 use super::{View, not_read};
-use crate::staged::Change;
+use crate::staged::StagedChange;
 use kms_base::error::ServiceError;
 
 impl View<'_, '_> {
@@ -74,7 +74,7 @@ impl View<'_, '_> {
     fn stage_task(&mut self, row: TaskRow) {
         let key = row.key;
         let before = self.staged.tasks.insert(key, row);
-        self.staged.log.push(Change::Task(key, before));
+        self.staged.log.push(StagedChange::Task(key, before));
     }
 }
 

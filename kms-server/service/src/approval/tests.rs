@@ -31,8 +31,8 @@ fn id(proposal: &v1::Proposal) -> ProposalId {
     ProposalId::from_octets(&proposal.proposal_id).unwrap()
 }
 
-fn approval(proposal: &v1::Proposal) -> Change {
-    Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() }
+fn approval(proposal: &v1::Proposal) -> ProposalChange {
+    ProposalChange::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() }
 }
 
 async fn bound(island: &TestIsland, title: SystemTitle) -> u64 {
@@ -66,7 +66,7 @@ island_tests! {
     async fn a_counter_is_raised_by_two_people_and_once(island) {
         island.deliver(&sample("generic-suite0", 3)).await;
         let service = ProposalService::new(island.island.clone());
-        let change = |by: &Caller, proposal: &v1::Proposal, change: Change| {
+        let change = |by: &Caller, proposal: &v1::Proposal, change: ProposalChange| {
             let (service, by, id) = (service.clone(), by.clone(), id(proposal));
             async move { service.change(&by, request(), id, change).await }
         };
@@ -79,21 +79,21 @@ island_tests! {
         assert_eq!(code(propose(&island, &island.head_end, raise(1, 3_000_000_000)).await), PERMISSION_DENIED);
         assert_eq!(code(propose(&island, &island.officer, raise(999, 3_000_000_000)).await), PERMISSION_DENIED);
         // I6: not before another person has approved exactly this.
-        assert_eq!(code(change(&island.officer, &made, Change::CarryOut).await), FAILED_PRECONDITION);
+        assert_eq!(code(change(&island.officer, &made, ProposalChange::Execute).await), FAILED_PRECONDITION);
         assert_eq!(code(change(&island.officer, &made, approval(&made)).await), FAILED_PRECONDITION);
         assert_eq!(code(change(&alias, &made, approval(&made)).await), FAILED_PRECONDITION);
         assert_eq!(code(change(&island.auditor, &made, approval(&made)).await), PERMISSION_DENIED);
-        assert_eq!(code(change(&colleague, &made, Change::Approve { content_sha256: [0; 32] }).await), FAILED_PRECONDITION);
+        assert_eq!(code(change(&colleague, &made, ProposalChange::Approve { content_sha256: [0; 32] }).await), FAILED_PRECONDITION);
         assert_eq!(change(&colleague, &made, approval(&made)).await.unwrap().state, "approved");
         assert_eq!(bound(&island, meter(1)).await, 1, "approved is not carried out");
-        assert_eq!(code(change(&island.auditor, &made, Change::CarryOut).await), PERMISSION_DENIED);
+        assert_eq!(code(change(&island.auditor, &made, ProposalChange::Execute).await), PERMISSION_DENIED);
         let carrying = request();
-        let carried = service.change(&island.officer, carrying, id(&made), Change::CarryOut).await.unwrap();
+        let carried = service.change(&island.officer, carrying, id(&made), ProposalChange::Execute).await.unwrap();
         assert_eq!(carried.state, "carried-out");
         assert_eq!(bound(&island, meter(1)).await, 3_000_000_000);
         // The same request again is answered, another one is refused.
-        assert_eq!(service.change(&island.officer, carrying, id(&made), Change::CarryOut).await.unwrap(), carried);
-        assert_eq!(code(change(&colleague, &made, Change::CarryOut).await), FAILED_PRECONDITION);
+        assert_eq!(service.change(&island.officer, carrying, id(&made), ProposalChange::Execute).await.unwrap(), carried);
+        assert_eq!(code(change(&colleague, &made, ProposalChange::Execute).await), FAILED_PRECONDITION);
         assert_eq!(service.list(&island.auditor, None, 9).await.unwrap(), [carried]);
         assert_eq!(code(service.list(&island.head_end, None, 9).await), PERMISSION_DENIED);
         let events = events(&island).await;
@@ -102,7 +102,7 @@ island_tests! {
         assert!(!events.iter().any(|event| matches!(event, Event::SecurityEvent(SecurityEvent { kind, .. }) if kind == "sealed-row-refused")));
     }
 
-    // I4: what two people have decided holds for the server that deals from the chunk, too.
+    // I4: what two people have decided holds for the server that allocates from the chunk, too.
     async fn a_counter_is_raised_inside_the_chunk_that_a_server_deals_from(island) {
         island.deliver(&sample("generic-suite0", 1)).await;
         let service = ProposalService::new(island.island.clone());
@@ -132,7 +132,7 @@ island_tests! {
             }
             let made = made.unwrap();
             service.change(&colleague, request(), id(&made), approval(&made)).await.unwrap();
-            service.change(&colleague, request(), id(&made), Change::CarryOut).await.unwrap();
+            service.change(&colleague, request(), id(&made), ProposalChange::Execute).await.unwrap();
             let raised = events(&island).await.into_iter().filter_map(|event| match event {
                 Event::CounterRaised(raised) => Some((raised.from, raised.to)),
                 _ => None,
@@ -154,11 +154,11 @@ island_tests! {
         let floor = CounterFloor { meter: meter(1), setup: SecuritySetupId::DEFAULT, client_title: client_title(), floor: 60_000, owned_by: None };
         let Request { id: request_id, digest } = request();
         MeterService::new(island.island.clone()).adopt(&island.officer, MeterRequest { id: request_id, digest }, vec![floor]).await.unwrap();
-        assert_eq!(code(service.change(&colleague, request(), id(&made), Change::CarryOut).await), FAILED_PRECONDITION);
+        assert_eq!(code(service.change(&colleague, request(), id(&made), ProposalChange::Execute).await), FAILED_PRECONDITION);
         assert_eq!(bound(&island, meter(1)).await, 60_000);
         assert_eq!(service.show(&island.officer, id(&made)).await.unwrap().state, "approved", "nothing of the refused act was stored");
         assert_eq!(code(propose(&island, &island.officer, raise(1, 60_000)).await), FAILED_PRECONDITION);
-        let withdrawn = service.change(&island.officer, request(), id(&made), Change::Withdraw { reason: "late".to_owned() }).await.unwrap();
+        let withdrawn = service.change(&island.officer, request(), id(&made), ProposalChange::Withdraw { reason: "late".to_owned() }).await.unwrap();
         assert_eq!(withdrawn.state, "withdrawn");
         // A counter that a head-end counts is not this system's to raise.
         island.leave_counters(meter(2)).await;

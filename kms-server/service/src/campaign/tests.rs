@@ -47,8 +47,8 @@ pub(crate) fn id(campaign: &v1::Campaign) -> CampaignId {
     CampaignId::from_octets(&campaign.campaign_id).unwrap()
 }
 
-pub(crate) fn approval(campaign: &v1::Campaign) -> Change {
-    Change::Approve { content_sha256: campaign.content_sha256.as_ref().try_into().unwrap() }
+pub(crate) fn approval(campaign: &v1::Campaign) -> CampaignChange {
+    CampaignChange::Approve { content_sha256: campaign.content_sha256.as_ref().try_into().unwrap() }
 }
 
 /// A campaign that runs, over meters 1 to 20 of the first head-end.
@@ -58,7 +58,7 @@ async fn running(island: &TestIsland, terms: CampaignTerms) -> (CampaignService,
     let draft = service.create(&island.officer, request(), new(terms), true).await.unwrap().campaign.unwrap();
     let colleague = island.officer_of("bo", "Bo", 40).await;
     service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
-    let started = service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
+    let started = service.change(&island.officer, request(), id(&draft), CampaignChange::Start).await.unwrap();
     assert_eq!((started.state.as_str(), started.wave), ("running", 1));
     service.lead(id(&draft)).await.unwrap();
     (service, id(&draft))
@@ -179,19 +179,19 @@ island_tests! {
         assert_eq!(service.create(&island.officer, made, new(terms()), true).await.unwrap().campaign.unwrap(), draft);
         assert_eq!(code(service.create(&island.officer, Request { digest: [2; 32], ..made }, new(terms()), true).await), 3);
         let (colleague, alias) = (island.officer_of("bo", "Bo", 40).await, island.officer_of("ada-2", "ada", 41).await);
-        assert_eq!(code(service.change(&island.officer, request(), id(&draft), Change::Start).await), FAILED_PRECONDITION);
+        assert_eq!(code(service.change(&island.officer, request(), id(&draft), CampaignChange::Start).await), FAILED_PRECONDITION);
         assert_eq!(code(service.change(&island.officer, request(), id(&draft), approval(&draft)).await), FAILED_PRECONDITION);
         // Another certificate of the same person is the same person (I6).
         assert_eq!(code(service.change(&alias, request(), id(&draft), approval(&draft)).await), FAILED_PRECONDITION);
         assert_eq!(code(service.change(&island.auditor, request(), id(&draft), approval(&draft)).await), PERMISSION_DENIED);
-        let other = Change::Approve { content_sha256: [0; 32] };
+        let other = CampaignChange::Approve { content_sha256: [0; 32] };
         assert_eq!(code(service.change(&colleague, request(), id(&draft), other).await), FAILED_PRECONDITION);
         let approving = request();
         let approved = service.change(&colleague, approving, id(&draft), approval(&draft)).await.unwrap();
         assert_eq!((approved.state.as_str(), approved.approvals.len()), ("approved", 1));
         // The same request again changes nothing more.
         assert_eq!(service.change(&colleague, approving, id(&draft), approval(&draft)).await.unwrap().approvals.len(), 1);
-        assert_eq!(service.change(&colleague, request(), id(&draft), Change::Start).await.unwrap().state, "running");
+        assert_eq!(service.change(&colleague, request(), id(&draft), CampaignChange::Start).await.unwrap().state, "running");
     }
 
     async fn tasks_are_leased_fenced_and_offered_again(island) {
@@ -323,7 +323,7 @@ island_tests! {
         assert!(paused.state == "paused" && paused.reason.contains("more than the limit of 1"), "{paused:?}");
         assert!(service.lease(&island.head_end, lease(100)).await.unwrap().is_empty());
         // An officer accepts the failures and resumes. One more failure is within the limit.
-        service.change(&island.officer, request(), campaign, Change::Resume { reason: "seen".to_owned() }).await.unwrap();
+        service.change(&island.officer, request(), campaign, CampaignChange::Resume { reason: "seen".to_owned() }).await.unwrap();
         service.lead(campaign).await.unwrap();
         assert_eq!(state().await.state, "running");
 
@@ -332,7 +332,7 @@ island_tests! {
         let leased = under_way.await.unwrap().tasks;
         let begun = lease_of(&leased[0]);
         begin(&island, &island.head_end, begun, ROTATE).await.unwrap();
-        service.change(&island.officer, request(), campaign, Change::Abort { reason: "wrong firmware".to_owned() }).await.unwrap();
+        service.change(&island.officer, request(), campaign, CampaignChange::Abort { reason: "wrong firmware".to_owned() }).await.unwrap();
         assert_eq!(code(begin(&island, &island.head_end, lease_of(&leased[1]), ROTATE).await), FAILED_PRECONDITION);
         assert!(service.lease(&island.head_end, lease(100)).await.unwrap().is_empty());
         let in_doubt = async || {
@@ -345,7 +345,7 @@ island_tests! {
         assert_eq!(in_doubt().await, 3);
         let report = service.report(&island.officer, campaign, ReportQuery { filter: TaskFilter::All, after: None, page: 0 }).await.unwrap();
         assert_eq!(report.progress.unwrap().reasons[0], v1::NamedCount { name: "no answer".to_owned(), count: 3 });
-        assert_eq!(code(service.change(&island.officer, request(), campaign, Change::Resume { reason: "no".to_owned() }).await), FAILED_PRECONDITION);
+        assert_eq!(code(service.change(&island.officer, request(), campaign, CampaignChange::Resume { reason: "no".to_owned() }).await), FAILED_PRECONDITION);
     }
 
     async fn nothing_begins_outside_the_window_and_rates_hold(island) {
@@ -358,13 +358,13 @@ island_tests! {
         let shown = service.show(&island.officer, campaign).await.unwrap();
         assert!(!shown.window_open && shown.next_opening_ms > IslandContext::now().0);
         assert!(service.lease(&island.head_end, lease(100)).await.unwrap().is_empty());
-        service.change(&island.officer, request(), campaign, Change::Abort { reason: "test".to_owned() }).await.unwrap();
+        service.change(&island.officer, request(), campaign, CampaignChange::Abort { reason: "test".to_owned() }).await.unwrap();
 
         let slow = CampaignTerms { canary: 20, starts_per_minute: 5.try_into().ok(), in_flight: 4.try_into().unwrap(), ..terms() };
         let draft = service.create(&island.officer, request(), new(slow), true).await.unwrap().campaign.unwrap();
         let colleague = island.officer_of("cy", "Cy", 42).await;
         service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
-        service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
+        service.change(&island.officer, request(), id(&draft), CampaignChange::Start).await.unwrap();
         let tasks = service.lease(&island.head_end, lease(100)).await.unwrap();
         assert_eq!(tasks.len(), 4);
         assert!(service.release(&island.head_end, tasks.iter().map(lease_of).collect(), "unreachable".to_owned()).await.unwrap().is_empty());
@@ -393,7 +393,7 @@ island_tests! {
         };
         let changes = kms_store::Changes { tasks: vec![forged], ..kms_store::Changes::default() };
         store.transact(Reads::default(), &mut |_| kms_store::Decision::Commit(Box::new(changes.clone()))).await.unwrap();
-        service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
+        service.change(&island.officer, request(), id(&draft), CampaignChange::Start).await.unwrap();
         service.lead(id(&draft)).await.unwrap();
         let tasks = service.lease(&island.head_end, lease(100)).await.unwrap();
         assert!(!tasks.is_empty() && tasks.iter().all(|task| task.meter != meter(9).octets().as_slice()));
@@ -409,7 +409,7 @@ island_tests! {
         let second = service.draft(&island.officer, made, CampaignId::from_octets(&made.id.octets()).unwrap(), asked, Some(other)).await.unwrap();
         let second = service.message(&second).await.unwrap();
         service.change(&colleague, request(), id(&second), approval(&second)).await.unwrap();
-        service.change(&island.officer, request(), id(&second), Change::Start).await.unwrap();
+        service.change(&island.officer, request(), id(&second), CampaignChange::Start).await.unwrap();
         service.lead(id(&second)).await.unwrap();
         let refused = service.show(&island.officer, id(&second)).await.unwrap();
         assert!(refused.state == "paused" && refused.reason.contains("not the one that was approved"), "{refused:?}");
@@ -505,7 +505,7 @@ island_tests! {
         let colleague = island.officer_of("bo", "Bo", 40).await;
         service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
         let at = std::time::Instant::now();
-        service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
+        service.change(&island.officer, request(), id(&draft), CampaignChange::Start).await.unwrap();
         service.lead(id(&draft)).await.unwrap();
         println!("the first wave's tasks in {:.1} s", at.elapsed().as_secs_f64());
     }

@@ -325,8 +325,8 @@ island_tests! {
         let server = &island.island;
         get(server, &island.head_end, false).await.unwrap();
         let written = generation(&island).await;
-        // The chunk was reserved for frames: one write says that it is lent now, and the next
-        // leases write nothing.
+        // The chunk was reserved for frames: one write says that a lease comes from it, and the
+        // next leases write nothing.
         lease(server, UnixMillis(1)).await;
         assert_eq!(generation(&island).await, written + 1);
         let last = lease(server, IslandContext::now().after(60_000)).await.last();
@@ -344,11 +344,11 @@ island_tests! {
     async fn a_lease_of_another_server_is_known_and_can_be_superseded(island) {
         island.deliver(&sample("generic-suite0", 1)).await;
         let (one, another) = (&island.island, island.another_server().await);
-        let lent = lease(one, IslandContext::now().after(60_000)).await;
+        let leased = lease(one, IslandContext::now().after(60_000)).await;
         assert!(refused(get(&another, &island.head_end, false).await).contains("another server"));
         let counter = get(&another, &island.head_end, true).await.unwrap();
-        assert!(counter > lent.last(), "I4");
-        // The lease has ended for all of them, the one that dealt it included.
+        assert!(counter > leased.last(), "I4");
+        // The lease has ended for all of them, the one that allocated it included.
         let after = get(&another, &island.head_end, false).await.unwrap();
         assert!(get(one, &island.head_end, false).await.unwrap() > after, "I4");
         get(&another, &island.head_end, false).await.unwrap();

@@ -181,7 +181,7 @@ impl Grant {
         let mut unexposed = Vec::new();
         for key_type in &terms.key_types {
             let slot = row.slots().get(setup, *key_type).ok_or_else(|| no_key(&[*key_type], Some(setup)))?;
-            let version = self.lendable(&row, slot).ok_or_else(|| self.not_lendable(*key_type, setup))?;
+            let version = self.issuable(&row, slot).ok_or_else(|| self.not_issuable(*key_type, setup))?;
             let party = Party::Principal(plan.principal.id.clone());
             if !version
                 .exposures()
@@ -240,10 +240,10 @@ impl Grant {
     /// Only the active version: a pre-active one is granted to nobody (I3), and earlier candidates
     /// are for those who probe. A group's former GBEK is for members that its rotation has left
     /// behind.
-    fn lendable<'a>(&self, row: &'a OwnerRow, slot: &'a Slot) -> Option<&'a KeyVersion> {
+    fn issuable<'a>(&self, row: &'a OwnerRow, slot: &'a Slot) -> Option<&'a KeyVersion> {
         match (row, &self.chunk.targets) {
             (OwnerRow::Group(group), GrantTargets::Group { version, .. }) => {
-                group.lent(slot.setup(), slot.key_type(), version.filter(|_| slot.key_type() == KeyType::GBEK))
+                group.issuable(slot.setup(), slot.key_type(), version.filter(|_| slot.key_type() == KeyType::GBEK))
             }
             _ => slot
                 .grantable()
@@ -252,7 +252,7 @@ impl Grant {
         }
     }
 
-    fn not_lendable(&self, key_type: KeyType, setup: SecuritySetupId) -> ServiceError {
+    fn not_issuable(&self, key_type: KeyType, setup: SecuritySetupId) -> ServiceError {
         match &self.chunk.targets {
             GrantTargets::Group { version: Some(version), .. } if key_type == KeyType::GBEK => {
                 ServiceError::FailedPrecondition {
@@ -352,7 +352,7 @@ impl Grant {
         for (key_type, number) in terms.key_types.iter().zip(&granted.versions) {
             let slot = row.slots().get(setup, *key_type).ok_or_else(|| overtaken("the key is gone"))?;
             let version = self
-                .lendable(&row, slot)
+                .issuable(&row, slot)
                 .filter(|version| version.number().number() == *number)
                 .ok_or_else(|| overtaken("the key was rotated"))?;
             keys.push(PlannedKey {

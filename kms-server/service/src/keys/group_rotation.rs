@@ -27,7 +27,9 @@ pub(crate) fn rotation_message(
     let Some(rotation) = group.rotation(setup, key_type) else { return shown };
     let former = slot.into_iter().flat_map(|slot| slot.versions().iter().rev()).find(|version| {
         version.number() < rotation.version
-            && group.lent(setup, key_type, Some(version.number())).is_some_and(|lent| lent.number() == version.number())
+            && group
+                .issuable(setup, key_type, Some(version.number()))
+                .is_some_and(|issuable| issuable.number() == version.number())
     });
     let moment = |moment: Option<kms_domain::UnixMillis>| moment.map_or(0, |moment| moment.0);
     v1::GroupRotation {

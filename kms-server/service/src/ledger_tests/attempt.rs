@@ -145,16 +145,16 @@ island_tests! {
 
     async fn counters_of_what_failed_are_skipped_and_not_lent(island) {
         island.deliver(&sample("generic-suite0", 1)).await;
-        let lend = async |fails: &'static [bool]| {
+        let lease = async |fails: &'static [bool]| {
             let reads = Reads { meters: vec![meter(1)], ..Reads::default() };
             let act = island.island.committer.act_in_test(Actor::server(ServerAct::TEST), reads, move |view| {
-                view.append(event("lend"));
+                view.append(event("lease"));
                 let mut firsts = Vec::new();
                 for fails in fails {
                     let until = UnixMillis(if *fails { i64::MAX } else { i64::MAX - 1 });
                     let _ = view.attempt(|view| {
                         firsts.push(view.lease(counter_of(1), COUNT, until)?.first);
-                        if *fails { Err(ServiceError::denied("lend")) } else { Ok(()) }
+                        if *fails { Err(ServiceError::denied("lease")) } else { Ok(()) }
                     });
                 }
                 Ok((firsts, view.live_lease(counter_of(1))?))
@@ -164,13 +164,13 @@ island_tests! {
         // I4: counters that were allocated to a failed item are not allocated again, whether their
         // chunk was reserved with the item or before. And the item has no lease.
         let mut all = Vec::new();
-        let (firsts, live) = lend(&[true, true]).await;
+        let (firsts, live) = lease(&[true, true]).await;
         assert!(live.is_none());
         all.extend(firsts);
-        let (firsts, live) = lend(&[false, true, false, true]).await;
+        let (firsts, live) = lease(&[false, true, false, true]).await;
         assert_eq!(live, Some(LiveLease::Until(UnixMillis(i64::MAX - 1))));
         all.extend(firsts);
-        all.extend(lend(&[true, false]).await.0);
+        all.extend(lease(&[true, false]).await.0);
         assert!(all.is_sorted_by(|one, next| one + COUNT.get() <= *next), "{all:?}");
         let row = island.island.meter(meter(1)).await.unwrap().unwrap();
         let slot = row.slots.get(SecuritySetupId::DEFAULT, KeyType::GUEK).unwrap();

@@ -49,7 +49,7 @@ impl MeterService {
         let (title, key_type, version) = (report.meter, report.key_type, report.version);
         self.island.door.act(caller, request, report).await?;
         // Other meters may have the same value as their KEK, and no list says which. If this is
-        // interrupted, the daily maintenance completes it.
+        // interrupted, the daily retention pass completes it.
         let equal = |meter: &Meter| {
             let mut versions =
                 meter.slots.iter().filter(|slot| slot.key_type() == key_type).flat_map(kms_domain::Slot::versions);

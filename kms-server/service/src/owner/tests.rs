@@ -202,7 +202,7 @@ island_tests! {
         assert_eq!((keys.keys[0].key_type.as_str(), keys.keys[0].version, keys.keys[0].wrapped.len()), ("GBEK", 1, 24));
         let lease = keys.lease.clone().unwrap();
         assert_eq!((lease.client_title.as_ref(), lease.key_version, lease.first, lease.count), (&client_title().octets()[..], 1, 1, 100));
-        // The record, and the ledger: once, however often it is lent.
+        // The record, and the ledger: once, however often it is issued.
         let events = island.recorded(|event| match event { Event::KeysGranted(event) => Some(event), _ => None }).await;
         assert!(matches!(events.last(), Some(event) if event.meters[0].group == 1 && event.meters[0].meter == 0 && event.meters[0].lease_first == 1), "{events:?}");
         // The same request again is the same grant with the same lease.
@@ -256,7 +256,7 @@ island_tests! {
         fingerprints.sort();
         fingerprints.dedup();
         assert_eq!(fingerprints.len(), 3);
-        // And it is lent like any other.
+        // And it is issued like any other.
         island.with_transport_key(&island.head_end).await;
         island.permit(PERMIT_GROUP_1);
         assert_eq!(group_keys(&open(&island.island, &island.head_end, 9, "north").await.unwrap()).lease.unwrap().first, 1);

@@ -6,7 +6,7 @@ use super::{key::ProposedKey, *};
 use crate::testing::{TestIsland, island_tests, put_principal, sha256};
 use crate::{
     Request,
-    approval::{Change, ProposalService},
+    approval::{ProposalChange, ProposalService},
     certificate::signing::CA_KEY,
 };
 
@@ -133,7 +133,12 @@ impl Scene {
         self.principals().propose_key(by, request(), new).await
     }
 
-    async fn change(&self, by: &Caller, proposal: &v1::Proposal, change: Change) -> Result<v1::Proposal, ServiceError> {
+    async fn change(
+        &self,
+        by: &Caller,
+        proposal: &v1::Proposal,
+        change: ProposalChange,
+    ) -> Result<v1::Proposal, ServiceError> {
         ProposalService::new(Arc::clone(&self.t.island)).change(by, request(), proposal_id(proposal), change).await
     }
 
@@ -141,7 +146,7 @@ impl Scene {
         self.change(
             by,
             proposal,
-            Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() },
+            ProposalChange::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() },
         )
         .await
     }
@@ -274,9 +279,9 @@ island_tests! {
         let confirm = scene.propose_key(&scene.ada, &eve.principal, &eves).await.unwrap();
         assert_eq!(code(scene.approve(&scene.ada, &confirm).await), FAILED_PRECONDITION);
         assert_eq!(code(scene.approve(&eve, &confirm).await), FAILED_PRECONDITION);
-        assert_eq!(code(scene.change(&scene.ada, &confirm, Change::CarryOut).await), FAILED_PRECONDITION);
+        assert_eq!(code(scene.change(&scene.ada, &confirm, ProposalChange::Execute).await), FAILED_PRECONDITION);
         scene.approve(&scene.bo, &confirm).await.unwrap();
-        assert_eq!(scene.change(&scene.ada, &confirm, Change::CarryOut).await.unwrap().state, "carried-out");
+        assert_eq!(scene.change(&scene.ada, &confirm, ProposalChange::Execute).await.unwrap().state, "carried-out");
         // The key that they confirmed counts, and not the other one.
         assert_eq!(code(scene.approve(&again, &wanted).await), FAILED_PRECONDITION);
         assert_eq!(scene.approve(&eve, &wanted).await.unwrap().state, "approved");
@@ -304,15 +309,15 @@ island_tests! {
         assert_eq!(code(scene.propose_key(&scene.t.auditor, &lost, &new).await), PERMISSION_DENIED);
         let proposal = scene.propose_key(&scene.ada, &lost, &new).await.unwrap();
         assert!(proposal.description.contains(lost.name()) && proposal.description.contains(&hex::encode(certification(&new).spki_sha256())));
-        let carry_out = async |by: &Caller, key: &rcgen::KeyPair| {
+        let execute = async |by: &Caller, key: &rcgen::KeyPair| {
             scene.principals().renew(by, request_id(), lost.clone(), &certification(key), Some(proposal_id(&proposal))).await
         };
-        assert_eq!(code(carry_out(&scene.ada, &new).await), FAILED_PRECONDITION);
+        assert_eq!(code(execute(&scene.ada, &new).await), FAILED_PRECONDITION);
         scene.approve(&scene.bo, &proposal).await.unwrap();
-        assert_eq!(code(carry_out(&scene.ada, &other).await), FAILED_PRECONDITION, "another key than the approved one");
-        assert_eq!(code(scene.change(&scene.ada, &proposal, Change::CarryOut).await), FAILED_PRECONDITION, "there is nothing to confirm");
-        let cy = caller(&lost, &carry_out(&scene.ada, &new).await.unwrap());
-        assert_eq!(code(carry_out(&scene.bo, &new).await), FAILED_PRECONDITION, "once");
+        assert_eq!(code(execute(&scene.ada, &other).await), FAILED_PRECONDITION, "another key than the approved one");
+        assert_eq!(code(scene.change(&scene.ada, &proposal, ProposalChange::Execute).await), FAILED_PRECONDITION, "there is nothing to confirm");
+        let cy = caller(&lost, &execute(&scene.ada, &new).await.unwrap());
+        assert_eq!(code(execute(&scene.bo, &new).await), FAILED_PRECONDITION, "once");
         assert_eq!(scene.row(&lost).await.certificates.len(), 1, "what was lost has ended");
         assert_eq!(scene.events("principal-recertified").await.len(), 1);
         let shown = scene.principals().who_am_i(&cy).await.unwrap().certificates;

@@ -11,8 +11,8 @@ use kms_base::clock;
 const DAY: i64 = 86_400_000;
 
 impl TestIsland {
-    fn maintenance(&self) -> Maintenance {
-        Maintenance::new(self.island.clone(), Retention::DEFAULT)
+    fn retention_pass(&self) -> RetentionPass {
+        RetentionPass::new(self.island.clone(), Retention::DEFAULT)
     }
 
     async fn retire(&self, number: u64) {
@@ -83,14 +83,14 @@ island_tests! {
         island.rotate(280).await;
         let now = IslandContext::now();
 
-        let before = island.maintenance().run(now.after(89 * DAY)).await.unwrap();
-        assert_eq!(before, MaintenanceReport { rows_read: 300, ..MaintenanceReport::default() });
+        let before = island.retention_pass().run(now.after(89 * DAY)).await.unwrap();
+        assert_eq!(before, RetentionReport { rows_read: 300, ..RetentionReport::default() });
         assert_eq!(island.states(7, KeyType::KEK).await, [(Deactivated, true)]);
         assert_eq!(island.states(280, KeyType::GUEK).await, [(Deactivated, true), (Active, true)]);
 
         let later = now.after(91 * DAY);
-        let report = island.maintenance().run(later).await.unwrap();
-        assert_eq!(report, MaintenanceReport { rows_read: 300, rows_changed: 2, released: 5, destroyed: 5, clock_in_doubt: false });
+        let report = island.retention_pass().run(later).await.unwrap();
+        assert_eq!(report, RetentionReport { rows_read: 300, rows_changed: 2, released: 5, destroyed: 5, clock_in_doubt: false });
         for key_type in [KeyType::KEK, KeyType::GUEK, KeyType::GBEK, KeyType::GAK] {
             assert_eq!(island.states(7, key_type).await, [(Destroyed, false)], "{key_type}");
         }
@@ -111,7 +111,7 @@ island_tests! {
         assert!(keys.iter().any(|keys| !keys.retired && keys.owner == meter(280).octets().as_slice() && keys.key_type == KeyType::GUEK.to_string()));
 
         // Another server finds nothing to do, the scrub finds nothing, and officers see the states.
-        let other = Maintenance::new(island.another_server().await, Retention::DEFAULT).run(later).await.unwrap();
+        let other = RetentionPass::new(island.another_server().await, Retention::DEFAULT).run(later).await.unwrap();
         assert_eq!((other.rows_changed, other.destroyed), (0, 0));
         assert_eq!(island.destroyed().await.len(), 2);
         assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
@@ -124,20 +124,20 @@ island_tests! {
         use KeyState::{Active, Deactivated, Destroyed};
         island.deliver(&sample("generic-suite0", 3)).await;
         island.rotate(2).await;
-        let (maintenance, kept) = (island.maintenance(), [(Deactivated, true), (Active, true)]);
+        let (retention_pass, kept) = (island.retention_pass(), [(Deactivated, true), (Active, true)]);
         // I3: the clock jumps by a year that has not passed. It runs for some days, then jumps
         // again.
         for ahead in [365, 370, 372] {
             clock::testing::set_ahead(ahead * DAY);
-            let report = maintenance.run(IslandContext::now()).await.unwrap();
-            assert_eq!(report, MaintenanceReport { clock_in_doubt: true, ..MaintenanceReport::default() }, "{ahead}");
+            let report = retention_pass.run(IslandContext::now()).await.unwrap();
+            assert_eq!(report, RetentionReport { clock_in_doubt: true, ..RetentionReport::default() }, "{ahead}");
             assert_eq!(island.states(2, KeyType::GUEK).await, kept);
         }
         // With the clock set right, keys are destroyed when the retention time has passed.
         clock::testing::set_ahead(0);
-        let report = maintenance.run(IslandContext::now()).await.unwrap();
+        let report = retention_pass.run(IslandContext::now()).await.unwrap();
         assert_eq!((report.clock_in_doubt, report.destroyed), (false, 0));
-        assert_eq!(maintenance.run(IslandContext::now().after(91 * DAY)).await.unwrap().destroyed, 1);
+        assert_eq!(retention_pass.run(IslandContext::now().after(91 * DAY)).await.unwrap().destroyed, 1);
         assert_eq!(island.states(2, KeyType::GUEK).await, [(Destroyed, false), (Active, true)]);
     }
 
@@ -147,7 +147,7 @@ island_tests! {
             island.rotate(number).await;
         }
         let later = IslandContext::now().after(91 * DAY);
-        let (one, another) = (island.maintenance(), Maintenance::new(island.another_server().await, Retention::DEFAULT));
+        let (one, another) = (island.retention_pass(), RetentionPass::new(island.another_server().await, Retention::DEFAULT));
         let (first, second) = tokio::join!(one.run(later), another.run(later));
         assert_eq!(first.unwrap().destroyed + second.unwrap().destroyed, 2);
         assert_eq!(island.destroyed().await.iter().flat_map(|record| &record.keys).count(), 2);

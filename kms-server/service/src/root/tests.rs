@@ -34,8 +34,8 @@ fn request() -> Request {
     Request { id: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(), digest: [1; 32] }
 }
 
-fn rotate() -> Change {
-    Change::Rotate { rows_per_second: 1_000_000 }
+fn rotate() -> RotationChange {
+    RotationChange::Rotate { rows_per_second: 1_000_000 }
 }
 
 fn service(island: &Arc<IslandContext>) -> RootService {
@@ -326,7 +326,7 @@ island_tests! {
         let state = island.state(STORAGE).await;
         assert_eq!((state.state.as_str(), state.reason.as_str(), state.all_changed), ("paused", "1 row skipped: unreadable, or refused by the HSM", 4));
         island.put_back(3, &good).await;
-        roots.change(&island.officer, request(), STORAGE, Change::Resume { rows_per_second: None }).await.unwrap();
+        roots.change(&island.officer, request(), STORAGE, RotationChange::Resume { rows_per_second: None }).await.unwrap();
         while roots.page(id).await.unwrap().is_some() {}
         let state = island.state(STORAGE).await;
         assert_eq!((state.state.as_str(), state.all_changed), ("finished", 5));
@@ -389,7 +389,7 @@ island_tests! {
         let destruction = Destruction { id, oldest_backup: IslandContext::now(), reason: "a copy was forgotten".to_owned(), quorum: kms_domain::Quorum::ONE };
         let proposal = roots.propose_destruction(&island.officer, request(), destruction).await.unwrap();
         let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
-        let approval = crate::approval::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
+        let approval = crate::approval::ProposalChange::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
         let colleague = island.colleague().await;
         crate::approval::ProposalService::new(island.island.clone()).change(&colleague, request(), approved, approval).await.unwrap();
         roots.destroy(&island.officer, request(), approved).await.unwrap();
@@ -570,7 +570,7 @@ island_tests! {
     }
 
     async fn tasks_of_a_campaign_under_way_hold_up_the_retirement_and_the_rotation_says_so(island) {
-        use crate::campaign::{CampaignService, Change as CampaignChange, tests as campaigns};
+        use crate::campaign::{CampaignService, CampaignChange, tests as campaigns};
         let mut island = island;
         island.deliver(&sample("generic-suite0", 5)).await;
         let service = CampaignService::new(island.island.clone());
@@ -653,7 +653,7 @@ island_tests! {
         // What a vendor has packed before is still read.
         let sha256 = island.upload(&old.0, &old.1).await;
         assert_eq!(island.import(sha256, Some(&island.head_end)).await.shipment.unwrap().imported, 2);
-        island.roots().change(&island.officer, request(), RootPurpose::VendorTransport, Change::Retire).await.unwrap();
+        island.roots().change(&island.officer, request(), RootPurpose::VendorTransport, RotationChange::Retire).await.unwrap();
         let sha256 = island.upload(&late.0, &late.1).await;
         let refused = shipments.import(&island.officer, &sha256, Some(island.head_end.principal.clone())).await.unwrap().next().await.unwrap();
         let refused = refused.map_or_else(|error| error.to_string(), |answer| answer.shipment.unwrap().refusal);
@@ -690,7 +690,7 @@ island_tests! {
         // I6: the requester alone destroys nothing, and approves nothing of their own.
         assert!(roots.destroy(&island.officer, request(), approved).await.is_err());
         let proposals = crate::approval::ProposalService::new(island.island.clone());
-        let approval = crate::approval::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
+        let approval = crate::approval::ProposalChange::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
         let by = |number: u8| Request { id: RequestId::from_octets(&[number; 16]).unwrap(), digest: [number; 32] };
         assert!(proposals.change(&island.officer, by(1), approved, approval.clone()).await.is_err());
         let colleague = island.colleague().await;
@@ -706,7 +706,7 @@ island_tests! {
         assert!(refused(approved).await.contains("key versions use the root"));
         // The pass looks at all rows once more. What was approved says of backups that they are
         // younger than the first pass only.
-        roots.change(&island.officer, request(), STORAGE, Change::Resume { rows_per_second: None }).await.unwrap();
+        roots.change(&island.officer, request(), STORAGE, RotationChange::Resume { rows_per_second: None }).await.unwrap();
         while roots.page(id).await.unwrap().is_some() {}
         assert_eq!(island.state(STORAGE).await.all_changed, 21);
         assert!(refused(approved).await.contains("backups"));
@@ -714,7 +714,7 @@ island_tests! {
         while IslandContext::now() <= ended {}
         let proposal = propose(first, ended.after(1)).await.unwrap();
         let approved = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
-        let approval = crate::approval::Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
+        let approval = crate::approval::ProposalChange::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() };
         proposals.change(&colleague, by(3), approved, approval).await.unwrap();
 
         // I3: decided, and not done before every server has heard of it.

@@ -336,9 +336,9 @@ island_tests! {
         let other = island.another_server().await;
         for round in 0..3 {
             for (server, number) in [(&island.island, 1), (&other, 2), (&island.island, 101), (&other, 1)] {
-                let dealt = lease(server, meter(number)).await.unwrap();
-                assert!(seen.iter().all(|(first, last)| dealt.last() < *first || dealt.first > *last), "round {round}, meter {number}: {dealt:?} meets {seen:?}");
-                seen.push((dealt.first, dealt.last()));
+                let allocated = lease(server, meter(number)).await.unwrap();
+                assert!(seen.iter().all(|(first, last)| allocated.last() < *first || allocated.first > *last), "round {round}, meter {number}: {allocated:?} meets {seen:?}");
+                seen.push((allocated.first, allocated.last()));
             }
         }
     }

@@ -14,9 +14,9 @@ type Counted = (u64, u64, u32, String, u32, Vec<u8>);
 
 /// Every range of counters on the record, and what it was for.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct HandedOut(BTreeMap<Counted, Vec<(u64, u64, &'static str)>>);
+pub(crate) struct Allocated(BTreeMap<Counted, Vec<(u64, u64, &'static str)>>);
 
-impl HandedOut {
+impl Allocated {
     fn add(&mut self, record: AuditRecord) {
         match record.event {
             Some(Event::KeysGranted(granted)) => {
@@ -86,7 +86,7 @@ impl HandedOut {
 /// Looks through the whole log of an island. A test that ends with its database away has nothing to
 /// look at.
 pub(crate) async fn repeated_counters(store: &dyn Store) -> Option<String> {
-    let mut handed_out = HandedOut::default();
+    let mut allocated = Allocated::default();
     for tail in store.audit_tails().await.ok()? {
         let mut next = 0;
         while next <= tail.sequence {
@@ -96,12 +96,12 @@ pub(crate) async fn repeated_counters(store: &dyn Store) -> Option<String> {
             next = last.sequence + 1;
             for row in &page {
                 if let Ok(record) = AuditRecord::decode(row.record.as_slice()) {
-                    handed_out.add(record);
+                    allocated.add(record);
                 }
             }
         }
     }
-    handed_out.repeated()
+    allocated.repeated()
 }
 
 #[cfg(test)]
@@ -113,15 +113,15 @@ mod tests {
     use super::*;
 
     fn repeated(events: &[Event]) -> bool {
-        let mut handed_out = HandedOut::default();
+        let mut allocated = Allocated::default();
         for event in events {
-            handed_out.add(AuditRecord { event: Some(event.clone()), ..AuditRecord::default() });
+            allocated.add(AuditRecord { event: Some(event.clone()), ..AuditRecord::default() });
         }
-        handed_out.repeated().is_some()
+        allocated.repeated().is_some()
     }
 
     #[test]
-    fn a_counter_that_is_handed_out_twice_is_found() {
+    fn a_counter_that_is_allocated_twice_is_found() {
         let lease = |lease_first, lease_count| {
             let meters = vec![GrantedMeter {
                 meter: 7,

@@ -14,7 +14,7 @@ use meter_sim::behaviour::Fault;
 use super::*;
 use crate::testing::sample;
 use crate::{
-    campaign::{self, CampaignService, Change, LeaseQuery, NewCampaign},
+    campaign::{self, CampaignChange, CampaignService, LeaseQuery, NewCampaign},
     meter::{Compromise, Membership},
     owner::{NamedGroupKey, Switch},
     transfer::{
@@ -86,8 +86,8 @@ async fn row(island: &TestIsland) -> kms_domain::Group {
     (*island.island.group(GroupId(1)).await.unwrap().unwrap().0).clone()
 }
 
-/// The version that is lent when this one is asked for.
-async fn lent(island: &TestIsland, number: u8, version: Option<u32>) -> Result<u32, ServiceError> {
+/// The version that is issued when this one is asked for.
+async fn issuable(island: &TestIsland, number: u8, version: Option<u32>) -> Result<u32, ServiceError> {
     let target = GrantTargets::Group {
         name: "north".to_owned(),
         version: version.map(|version| KeyVersionNumber::new(version).unwrap()),
@@ -154,11 +154,11 @@ async fn campaign(island: &TestIsland) -> CampaignId {
     let draft = service.create(&island.officer, ask(), new, true).await.unwrap().campaign.unwrap();
     let id = CampaignId::from_octets(&draft.campaign_id).unwrap();
     let content_sha256 = draft.content_sha256.as_ref().try_into().unwrap();
-    service.change(&colleague(island).await, ask(), id, Change::Approve { content_sha256 }).await.unwrap();
+    service.change(&colleague(island).await, ask(), id, CampaignChange::Approve { content_sha256 }).await.unwrap();
     let start = ask();
     for _ in 0..2 {
         // A start that comes again begins nothing more.
-        assert_eq!(service.change(&island.officer, start, id, Change::Start).await.unwrap().state, "running");
+        assert_eq!(service.change(&island.officer, start, id, CampaignChange::Start).await.unwrap().state, "running");
     }
     service.lead(id).await.unwrap();
     id
@@ -192,7 +192,7 @@ island_tests! {
         service.follow_rotations().await.unwrap();
         assert_eq!(service.rotation(&island.auditor, &key()).await.unwrap().stage, "may-switch");
         assert_eq!(service.switch(&island.head_end, id(30), to(1, false)).await.unwrap().stage, "complete");
-        assert_eq!(lent(island, 31, None).await.unwrap(), 1);
+        assert_eq!(issuable(island, 31, None).await.unwrap(), 1);
         // What left under a KEK that the vendor knows is exposed to the vendor.
         let exposures = |group: &kms_domain::Group, version: usize| group.slots.get(SETUP, KeyType::GBEK).unwrap().versions()[version].exposures().to_vec();
         assert!(exposures(&row(island).await, 0).iter().any(|one| (&one.party, one.reason) == (&Party::Vendor, ExposureReason::TransferUnderExposedKek)));
@@ -214,8 +214,8 @@ island_tests! {
         let rest = service.members_behind(&island.head_end, &key(), behind.next, 9).await.unwrap();
         assert_eq!((rest.next, rest.members.len(), rest.members[0].meter.as_ref()), (None, 1, field.title(3).octets().as_slice()));
         assert_eq!((rest.members[0].acknowledged_version, rest.members[0].delivered), (1, false));
-        // I3, I8: the new version is lent to nobody yet, and the head-end may not switch early.
-        assert!(matches!(lent(island, 32, Some(2)).await, Err(ServiceError::FailedPrecondition { .. })));
+        // I3, I8: the new version is issued to nobody yet, and the head-end may not switch early.
+        assert!(matches!(issuable(island, 32, Some(2)).await, Err(ServiceError::FailedPrecondition { .. })));
         let session = open(&island.island, &island.head_end, 33, "north").await.unwrap().rotation.unwrap();
         assert_eq!((session.active_version, session.version, session.stage.as_str(), session.members), (1, 2, "rolling-out", 0));
         assert!(matches!(service.switch(&island.head_end, id(34), to(2, false)).await, Err(ServiceError::FailedPrecondition { reason, .. }) if reason.contains("95 %")));
@@ -231,15 +231,15 @@ island_tests! {
         let switched = service.switch(&island.head_end, id(39), to(2, false)).await.unwrap();
         assert_eq!((switched.stage.as_str(), switched.active_version, switched.former_version, switched.unacknowledged), ("switched", 2, 1, 1));
         assert_eq!(service.switch(&island.head_end, id(40), to(2, false)).await.unwrap().stage, "switched", "once more is no fault");
-        // The overlap: both are lent, each with counters of its own.
-        assert_eq!((lent(island, 41, None).await.unwrap(), lent(island, 42, Some(1)).await.unwrap(), lent(island, 43, Some(2)).await.unwrap()), (2, 1, 2));
+        // The overlap: both are issued, each with counters of its own.
+        assert_eq!((issuable(island, 41, None).await.unwrap(), issuable(island, 42, Some(1)).await.unwrap(), issuable(island, 43, Some(2)).await.unwrap()), (2, 1, 2));
         let behind = service.members_behind(&island.auditor, &key(), None, 9).await.unwrap().members;
         assert!(behind.len() == 1 && behind[0].delivered && behind[0].meter.as_ref() == field.title(3).octets());
         // A new order reaches the last one, and the overlap ends.
         assert_eq!(field.transfer(3, Some(KeyType::GBEK)).await, Outcome::Acknowledged);
         service.follow_rotations().await.unwrap();
         assert_eq!(service.rotation(&island.head_end, &key()).await.unwrap().stage, "complete");
-        assert!(matches!(lent(island, 44, Some(1)).await, Err(ServiceError::FailedPrecondition { .. })));
+        assert!(matches!(issuable(island, 44, Some(1)).await, Err(ServiceError::FailedPrecondition { .. })));
         for member in 0..4 {
             assert!(field.holds_group_key(member, &row(island).await, KeyVersionNumber::new(2).unwrap()).await);
         }

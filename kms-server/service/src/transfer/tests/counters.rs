@@ -12,7 +12,7 @@ use super::super::{NextStep, ReportedAnswer, TransferService, emit};
 use super::{Field, order};
 use crate::testing::{TestIsland, client_title, island_tests, sample};
 use crate::{
-    approval::{Change, ProposalService},
+    approval::{ProposalChange, ProposalService},
     frame::{
         FrameService,
         unprotect::{ReceivedContent, ReceivedFrame},
@@ -289,13 +289,13 @@ island_tests! {
         let proposals = ProposalService::new(field.island.island.clone());
         let proposed = kms_domain::ProposalId::from_octets(&proposal.proposal_id).unwrap();
         let colleague = field.island.colleague().await;
-        let change = |by: &Caller, change: Change| {
+        let change = |by: &Caller, change: ProposalChange| {
             let ((id, digest), by, proposals) = (request(), by.clone(), proposals.clone());
             async move { proposals.change(&by, crate::Request { id, digest }, proposed, change).await }
         };
-        assert!(change(&field.island.officer, Change::CarryOut).await.is_err());
-        change(&colleague, Change::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() }).await.unwrap();
-        change(&colleague, Change::CarryOut).await.unwrap();
+        assert!(change(&field.island.officer, ProposalChange::Execute).await.is_err());
+        change(&colleague, ProposalChange::Approve { content_sha256: proposal.content_sha256.as_ref().try_into().unwrap() }).await.unwrap();
+        change(&colleague, ProposalChange::Execute).await.unwrap();
         assert_eq!(field.transfer(0, Some(KeyType::GUEK)).await, Outcome::Proven);
         field.compare(0).await;
         field.assert_no_nonce_twice();

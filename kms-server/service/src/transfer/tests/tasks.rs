@@ -16,7 +16,7 @@ use super::{Field, at_association, at_key_transfer, order};
 use crate::testing::{TestIsland, island_tests};
 use crate::{
     campaign::{
-        CampaignService, Change, NewCampaign, ReportQuery, TaskLease,
+        CampaignChange, CampaignService, NewCampaign, ReportQuery, TaskLease,
         tests::{approval, id, lease, lease_of, new, request, terms},
     },
     meter::{Assignment, MeterService, Request as MeterRequest, Selection},
@@ -51,7 +51,7 @@ impl Led {
             .unwrap();
         let colleague = island.officer_of("bo", "Bo", 40).await;
         service.change(&colleague, request(), id(&draft), approval(&draft)).await.unwrap();
-        service.change(&island.officer, request(), id(&draft), Change::Start).await.unwrap();
+        service.change(&island.officer, request(), id(&draft), CampaignChange::Start).await.unwrap();
         service.lead(id(&draft)).await.unwrap();
         Self { service, campaign: id(&draft), field }
     }
@@ -367,7 +367,7 @@ island_tests! {
         led.field.meters[1].add_fault(at_association(3, Fault::LoseAnswer));
         assert_eq!(led.run(&tasks[1]).await, Outcome::InDoubt);
         let (step, _) = led.deliver(&tasks[2]).await;
-        led.service.change(&island.officer, request(), led.campaign, Change::Abort { reason: "wrong firmware".to_owned() }).await.unwrap();
+        led.service.change(&island.officer, request(), led.campaign, CampaignChange::Abort { reason: "wrong firmware".to_owned() }).await.unwrap();
 
         assert_eq!(led.refused(&island.head_end, Led::order(&tasks[3])).await.code(), FAILED_PRECONDITION);
         assert!(led.service.lease(&island.head_end, lease(100)).await.unwrap().is_empty());
