@@ -369,7 +369,7 @@ pub async fn make_root(config: &Config, settings: NewRootSettings) -> Result<Mad
         let restore = config.restore();
         let keys = IslandKeys::open(&store, &hsm, &config.island, &restore).await;
         // What follows uses the token alone, and logs in again.
-        drop(tokio::task::spawn_blocking(move || hsm.close()).await);
+        close(hsm).await;
         let keys = keys?;
         let committer =
             Committer::start(Arc::clone(&store), keys.seal, keys.audit, committer_settings(config, restore, None));
@@ -414,8 +414,8 @@ async fn without_serving<T>(
     outcome
 }
 
-/// Logs out of the tokens. A module that hangs does not delay the end of the process: nothing is
-/// written after this.
+/// Logs out of the tokens. A module that hangs does not stop what comes next: no work is given to
+/// these tokens after this.
 async fn close(hsm: Hsm) {
     let closed = tokio::task::spawn_blocking(move || hsm.close());
     if tokio::time::timeout(GRACE, closed).await.is_err() {

@@ -129,7 +129,11 @@ impl Writer {
                 committed
             }
             Err(error) => {
-                tracing::error!(%error, "a transaction failed");
+                // The acts are answered all the same. This server itself may have closed the
+                // database.
+                if !self.shared.stopping.load(Ordering::Relaxed) {
+                    tracing::error!(%error, "a transaction failed");
+                }
                 if !matches!(&error, StoreError::Conflict { row } if !matches!(row, RowName::Audit(..))) {
                     // It may be unknown whether the transaction is durable. I4: nothing that it
                     // reserved is allocated. A new writer reads where the chain ended, and begins
