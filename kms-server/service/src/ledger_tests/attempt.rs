@@ -143,7 +143,7 @@ island_tests! {
         assert!(!act.await.unwrap().value);
     }
 
-    async fn counters_of_what_failed_are_skipped_and_not_lent(island) {
+    async fn counters_of_what_failed_are_skipped_and_not_leased(island) {
         island.deliver(&sample("generic-suite0", 1)).await;
         let lease = async |fails: &'static [bool]| {
             let reads = Reads { meters: vec![meter(1)], ..Reads::default() };
