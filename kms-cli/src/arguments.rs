@@ -14,6 +14,7 @@ pub(crate) mod session;
 pub(crate) mod shared;
 pub(crate) mod shipment;
 mod values;
+pub(crate) mod work_order;
 
 use std::path::PathBuf;
 
@@ -23,6 +24,7 @@ use self::{
     audit::AuditCommand, campaign::CampaignCommand, device_type::DeviceTypeCommand, grant::GrantCommand,
     group::GroupCommand, hsm::HsmCommand, meter::MeterCommand, principal::PrincipalCommand, proposal::ProposalCommand,
     roots::RootsCommand, session::SessionCommand, shipment::ShipmentCommand, values::profile_name,
+    work_order::WorkOrderCommand,
 };
 use crate::output::Format;
 
@@ -68,12 +70,15 @@ pub(crate) enum Command {
     /// Vendor shipments: import, watch, or make one for a trial
     #[command(subcommand)]
     Shipment(ShipmentCommand),
-    /// Head-ends, officers, auditors, handhelds and manufacturers
+    /// Head-ends, officers, auditors, handhelds, manufacturers and service accounts
     #[command(subcommand)]
     Principal(PrincipalCommand),
     /// Rotate keys of many meters: plan, approve, start, watch, report
     #[command(subcommand)]
     Campaign(CampaignCommand),
+    /// Work orders of technicians: who works at which meters, for which tasks, and when
+    #[command(subcommand)]
+    WorkOrder(WorkOrderCommand),
     /// Four-eyes approvals: list, approve, execute or withdraw pending proposals
     #[command(subcommand)]
     Proposal(ProposalCommand),

@@ -50,6 +50,7 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Shipment(command) => commands::shipment::run(command, &context).await,
         Command::Principal(command) => commands::principal::run(command, &context).await,
         Command::Campaign(command) => commands::campaign::run(command, &context).await,
+        Command::WorkOrder(command) => commands::work_order::run(command, &context).await,
         Command::Proposal(command) => commands::proposal::run(command, &context).await,
         Command::Roots(command) => commands::roots::run(command, &context).await,
         Command::Grant(command) => commands::grant::run(command, &context).await,

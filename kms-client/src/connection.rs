@@ -11,6 +11,7 @@ use kms_proto::v1::{
     principal_service_client::PrincipalServiceClient, proposal_service_client::ProposalServiceClient,
     root_service_client::RootServiceClient, shipment_service_client::ShipmentServiceClient,
     task_service_client::TaskServiceClient, transfer_service_client::TransferServiceClient,
+    work_order_service_client::WorkOrderServiceClient,
 };
 use rustls::{
     ClientConfig, RootCertStore,
@@ -147,6 +148,11 @@ impl Connection {
     /// Dangerous actions that wait for the approval of other people.
     pub fn proposals(&self) -> ProposalServiceClient<Channel> {
         ProposalServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Who works at which meters, and when.
+    pub fn work_orders(&self) -> WorkOrderServiceClient<Channel> {
+        WorkOrderServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
 
     /// Tasks of campaigns, for head-ends.

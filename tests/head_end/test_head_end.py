@@ -115,6 +115,23 @@ def test_reads_a_register_three_times():
                     assert not any(key.lower() in printed.lower() for key in keys), "a key was printed"
 
 
+def test_orders_work():
+    """The workforce system of docs/work-orders.md, as its reader would run it."""
+    with tempfile.TemporaryDirectory(prefix="kms-work-orders-") as folder:
+        state = pathlib.Path(folder) / "kms"
+        arguments = [PROGRAMS / "kms-dev", "--state", state, "--listen", "127.0.0.1:0", "--meters", "2"]
+        with Running(arguments, r"Serving on (\S+);"):
+            program = [sys.executable, REPOSITORY / "docs/examples/work_orders.py", "--profile", state / "profiles/workforce"]
+            program += ["--meter", "4B414D0000000001"]
+            done = subprocess.run([str(argument) for argument in program], capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stdout + done.stderr
+            refused = "refused: it is unknown, or this work is not permitted with it"
+            first, second, third, fourth, *rest = done.stdout.splitlines()
+            assert (first, second, third, fourth) == ("created", refused, "unchanged", refused), done.stdout
+            assert rest[0] == "open, revision 2, until 32400000 ms from now" and rest[1].startswith("ABORTED: "), done.stdout
+            assert rest[2:] == ["listed: True", "cancelled"], done.stdout
+
+
 # What happens to the meters, one after another, at one of the first deliveries of a key.
 FAULTS = [
     None,
@@ -236,7 +253,7 @@ def run_campaign(state, name, *arguments):
 
 def main():
     print(f"METER_SIM_SEED={SEED}", flush=True)
-    tests = [test_reads_a_register_three_times, test_takes_meters_over]
+    tests = [test_reads_a_register_three_times, test_orders_work, test_takes_meters_over]
     failed = 0
     for test in tests:
         try:

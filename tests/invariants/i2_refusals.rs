@@ -170,6 +170,52 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
         roots.count_root_references(proto::CountRootReferencesRequest {})
     );
 
+    let work = || proto::WorkOrderContent {
+        technician: "Ida Technician".to_owned(),
+        meters: vec![meter()],
+        tasks: vec!["read".to_owned()],
+        from_ms: 1,
+        until_ms: 2,
+        place: String::new(),
+    };
+    let order = || "WO-1".to_owned();
+    let new_order = || proto::NewWorkOrder { work_order_id: order(), content: Some(work()) };
+    call!(
+        "CreateWorkOrders",
+        "createWorkOrder",
+        work_orders.create_work_orders(proto::CreateWorkOrdersRequest { request_id: id(), orders: vec![new_order()] })
+    );
+    call!(
+        "ChangeWorkOrder",
+        "changeWorkOrder",
+        work_orders.change_work_order(proto::ChangeWorkOrderRequest {
+            request_id: id(),
+            work_order_id: order(),
+            revision: 1,
+            content: Some(work()),
+        })
+    );
+    call!(
+        "CancelWorkOrder",
+        "cancelWorkOrder",
+        work_orders.cancel_work_order(proto::CancelWorkOrderRequest {
+            request_id: id(),
+            work_order_id: order(),
+            reason: reason(),
+        })
+    );
+    call!(
+        "CompleteWorkOrder",
+        "completeWorkOrder",
+        work_orders.complete_work_order(proto::CompleteWorkOrderRequest { request_id: id(), work_order_id: order() })
+    );
+    call!(
+        "ShowWorkOrder",
+        "showWorkOrder",
+        work_orders.show_work_order(proto::ShowWorkOrderRequest { work_order_id: order() })
+    );
+    call!("ListWorkOrders", "listWorkOrders", work_orders.list_work_orders(proto::ListWorkOrdersRequest::default()));
+
     call!("ListAuditRecords", "listAuditRecords", audit.list_audit_records(proto::ListAuditRecordsRequest::default()));
     call!("Scrub", "scrub", audit.scrub(proto::ScrubRequest {}));
 
@@ -692,9 +738,10 @@ async fn what_is_refused_while_the_log_cannot_be_written_is_written_later() {
 }
 
 /// Methods that answer for each item: a refusal stands in the answer.
-const ITEMS: [&str; 10] = [
+const ITEMS: [&str; 11] = [
     "AssignMeters",
     "AdoptCounters",
+    "CreateWorkOrders",
     "EnrolMeters",
     "RetireMeters",
     "ChangeGroupMembers",

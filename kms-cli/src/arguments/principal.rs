@@ -17,6 +17,7 @@ pub(crate) enum PrincipalCommand {
         after_help = "Examples:\n  kms principal add urn:meterkms:dev:head-end:hes-2 --client-title 4D4D4D0000000002\n  \
         kms principal add urn:meterkms:dev:officer:ada --person \"Ada Example\"\n  \
         kms principal add urn:meterkms:dev:manufacturer:kam --shipment-key KAM.vendor-key.pub.pem\n  \
+        kms principal add urn:meterkms:dev:service-account:wfm\n  \
         kms principal add urn:meterkms:dev:head-end:hes-3 --certificate-request hes-3.csr.pem --out hes-3.pem"
     )]
     Add(AddPrincipal),

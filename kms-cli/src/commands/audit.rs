@@ -244,6 +244,25 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
                 format!("{} {}{reason}: {}", output::uuid(&event.proposal_id), event.change, event.action),
             )
         }
+        Event::WorkOrderCreated(event) => {
+            ("work order made", format!("{}: {}", event.work_order_id, ordered(event.work.as_ref())))
+        }
+        Event::WorkOrderChanged(event) => (
+            "work order changed",
+            format!("{} revision {}: {}", event.work_order_id, event.revision, ordered(event.work.as_ref())),
+        ),
+        Event::WorkOrderEnded(event) => {
+            let reason = if event.reason.is_empty() { String::new() } else { format!(": {}", event.reason) };
+            ("work order ended", format!("{} {}{reason}", event.work_order_id, event.change))
+        }
+        Event::PlacesForgotten(event) => (
+            "places removed",
+            format!(
+                "of {} that ended {} ago",
+                plural(event.work_order_ids.len() as u64, "work order"),
+                plural(event.days.into(), "day")
+            ),
+        ),
         Event::CounterRaised(event) => (
             "counter raised",
             format!(
@@ -390,6 +409,19 @@ async fn scrub(context: &Context) -> Result<(), Failure> {
     }
 }
 
+/// What a work order says, in a few words.
+fn ordered(work: Option<&proto::OrderedWork>) -> String {
+    let Some(work) = work else { return String::new() };
+    format!(
+        "{} at {} for {}, {} to {}",
+        work.tasks.join(", "),
+        plural(work.meters.len() as u64, "meter"),
+        work.technician,
+        output::time(work.from_ms),
+        output::time(work.until_ms)
+    )
+}
+
 fn row_kind(kind: u32) -> String {
     match kind {
         1 => "meter".into(),
@@ -402,6 +434,7 @@ fn row_kind(kind: u32) -> String {
         8 => "campaign".into(),
         9 => "root rotation".into(),
         12 => "proposal".into(),
+        14 => "work order".into(),
         0 => "log".into(),
         other => other.to_string(),
     }

@@ -15,6 +15,7 @@ pub(crate) mod roots;
 pub(crate) mod sample;
 pub(crate) mod session;
 pub(crate) mod shipment;
+pub(crate) mod work_order;
 
 use std::{
     fs,

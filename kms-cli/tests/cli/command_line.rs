@@ -51,6 +51,15 @@ fn wrong_values_are_refused_before_the_network_with_the_field_named() {
         (&["meter", "retire", "4B414D0000000001", "--reason", ""], "--reason"),
         (&["meter", "retire", "4B414D0000000001", "--reason", "gone"], "--yes"),
         (&["shipment", "import", "x"], "--manufacturer"),
+        (&["work-order", "create", " x"], "<ID>"),
+        (&["work-order", "create", "WO-1", "--task", "dance"], "--task"),
+        (&["work-order", "create", "WO-1", "--meter", "1"], "--meter"),
+        (&["work-order", "create", "WO-1", "--from", "tomorrow"], "--from"),
+        (&["work-order", "change", "WO-1"], "--technician"),
+        (&["work-order", "change", "WO-1", "--revision", "0"], "--revision"),
+        (&["work-order", "cancel", "WO-1"], "--reason"),
+        (&["work-order", "list", "--in-state", "done"], "--in-state"),
+        (&["work-order", "list", "--made-by", "wfm"], "--made-by"),
         (
             &[
                 "meter",

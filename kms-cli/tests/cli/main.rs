@@ -4,3 +4,7 @@
 mod command_line;
 #[cfg(test)]
 mod with_server;
+#[cfg(test)]
+mod work_order_mock;
+#[cfg(test)]
+mod work_orders;

@@ -17,6 +17,8 @@ use tokio_stream::{StreamExt as _, wrappers::TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use crate::work_order_mock::OrderMock;
+
 type Answer<T> = Result<Response<T>, Status>;
 type Steps<T> = tokio_stream::Iter<std::vec::IntoIter<Result<T, Status>>>;
 
@@ -336,12 +338,12 @@ fn groups_and_device_types_have_keys_of_their_own() {
     assert_eq!(refused.status.code(), Some(3), "{}", text(&refused.stderr));
 }
 
-fn text(octets: &[u8]) -> String {
+pub(crate) fn text(octets: &[u8]) -> String {
     String::from_utf8(octets.to_vec()).unwrap()
 }
 
 /// A server with a CA and a profile of its own.
-struct Server {
+pub(crate) struct Server {
     directory: tempfile::TempDir,
     shared: Arc<Mutex<Shared>>,
     _runtime: tokio::runtime::Runtime,
@@ -356,7 +358,7 @@ struct Shared {
 }
 
 impl Server {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let ca_key = KeyPair::generate().unwrap();
         let mut ca = CertificateParams::default();
@@ -407,6 +409,7 @@ impl Server {
             .add_service(device_type_service_server::DeviceTypeServiceServer::new(mock.clone()))
             .add_service(audit_service_server::AuditServiceServer::new(mock.clone()))
             .add_service(campaign_service_server::CampaignServiceServer::new(mock.clone()))
+            .add_service(work_order_service_server::WorkOrderServiceServer::new(OrderMock::default()))
             .add_service(grant_service_server::GrantServiceServer::new(mock));
         runtime.spawn(router.serve_with_incoming(incoming));
 
@@ -427,7 +430,7 @@ impl Server {
         Self { directory, shared, _runtime: runtime }
     }
 
-    fn kms(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn kms(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kms"));
         command
             .args(arguments)
@@ -436,6 +439,11 @@ impl Server {
             .env_remove("KMS_STATE")
             .output()
             .unwrap()
+    }
+
+    /// The folder in which `kms` runs.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.directory.path()
     }
 
     fn profile(&self) -> Profile {

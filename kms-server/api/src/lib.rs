@@ -24,6 +24,7 @@ pub mod telemetry;
 pub mod tls;
 mod transfers;
 mod usage;
+mod work_orders;
 
 use std::sync::Arc;
 
@@ -41,6 +42,7 @@ use kms_proto::v1::root_service_server::RootServiceServer;
 use kms_proto::v1::shipment_service_server::ShipmentServiceServer;
 use kms_proto::v1::task_service_server::TaskServiceServer;
 use kms_proto::v1::transfer_service_server::TransferServiceServer;
+use kms_proto::v1::work_order_service_server::WorkOrderServiceServer;
 use tonic::service::Routes;
 
 use kms_base::bounds::{Bound, Limits};
@@ -79,6 +81,10 @@ pub fn routes(island: Arc<IslandContext>, authority: CertificateAuthority, limit
         .add_service(TaskServiceServer::new(campaigns).max_decoding_message_size(most))
         .add_service(
             ProposalServiceServer::new(proposals::ProposalApi::new(Arc::clone(&island)))
+                .max_decoding_message_size(most),
+        )
+        .add_service(
+            WorkOrderServiceServer::new(work_orders::WorkOrderApi::new(Arc::clone(&island)))
                 .max_decoding_message_size(most),
         )
         .add_service(RootServiceServer::new(roots::RootApi::new(Arc::clone(&island))).max_decoding_message_size(most))

@@ -58,12 +58,14 @@ fn bound_of(service: &str, method: &str) -> Bound {
         | ("TransferService", "BeginTransfers" | "ContinueTransfers")
         | ("MeterService", "EnrolMeters" | "AdoptCounters")
         | ("CampaignService", "CreateCampaign")
-        | ("ShipmentService", "UploadShipment") => Bound::LargeMessageOctets,
+        | ("ShipmentService", "UploadShipment")
+        | ("WorkOrderService", "CreateWorkOrders") => Bound::LargeMessageOctets,
         ("GrantService", "OpenSessions")
         | ("TransferService", "WithdrawTransfers")
         | ("MeterService", "AssignMeters" | "RetireMeters")
         | ("GroupService", "ChangeGroupMembers")
-        | ("TaskService", "HeartbeatTasks" | "ReleaseTasks") => Bound::BatchMessageOctets,
+        | ("TaskService", "HeartbeatTasks" | "ReleaseTasks")
+        | ("WorkOrderService", "ChangeWorkOrder") => Bound::BatchMessageOctets,
         ("PrincipalService", _) => Bound::CertificateMessageOctets,
         _ => Bound::MessageOctets,
     }
@@ -123,7 +125,28 @@ mod tests {
             ..Default::default()
         };
         let retire = v1::RetireMetersRequest { request_id: id(), meters, reason };
-        let largest: [(&str, usize); 8] = [
+        let content = |meters| v1::WorkOrderContent {
+            technician: long(64),
+            meters: vec![title(); meters],
+            tasks: vec![long(16); 6],
+            from_ms: i64::MAX,
+            until_ms: i64::MAX,
+            place: long(256),
+        };
+        let mut orders = vec![v1::NewWorkOrder { work_order_id: long(64), content: Some(content(1)) }; 499];
+        orders.push(v1::NewWorkOrder { work_order_id: long(64), content: Some(content(9_501)) });
+        let change = v1::ChangeWorkOrderRequest {
+            request_id: id(),
+            work_order_id: long(64),
+            revision: u32::MAX,
+            content: Some(content(5_000)),
+        };
+        let largest: [(&str, usize); 10] = [
+            (
+                "WorkOrderService/CreateWorkOrders",
+                v1::CreateWorkOrdersRequest { request_id: id(), orders }.encoded_len(),
+            ),
+            ("WorkOrderService/ChangeWorkOrder", change.encoded_len()),
             ("GrantService/OpenSession", open.encoded_len()),
             ("GrantService/OpenSessions", open_many.encoded_len()),
             ("MeterService/AssignMeters", assign.encoded_len()),

@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use kms_domain::{KeyType, ParseError, Role};
+use kms_domain::{KeyType, ParseError, PersonName, Role, WorkOrderTasks};
 use kms_proto::v1;
 
 use crate::criticality::Criticality;
@@ -32,6 +32,8 @@ pub enum Attribute {
     Number(i64),
     /// A Cedar `Bool`.
     Bool(bool),
+    /// A Cedar `Set<String>`.
+    Texts(Vec<String>),
 }
 
 /// A field of an action, as attributes of its context.
@@ -316,6 +318,48 @@ actions! {
     DestroyRoot = "destroyRoot" on Island
     /// Tasks of campaigns for meters of a class.
     LeaseTasks = "leaseTasks" on Meters
+    /// Work at meters of a class, in a new work order or in a changed one.
+    CreateWorkOrder = "createWorkOrder" on Meters {
+        /// What is to be done.
+        tasks: WorkOrderTasks,
+        /// Who does it.
+        technician: PersonName,
+        /// The time of the order, begun hours.
+        hours: u32,
+    }
+    /// Changing a work order. `createWorkOrder` is asked too, for the new content.
+    ChangeWorkOrder = "changeWorkOrder" on Island {
+        /// The caller made it.
+        own: bool,
+    }
+    /// Cancelling a work order.
+    CancelWorkOrder = "cancelWorkOrder" on Island {
+        /// The caller made it.
+        own: bool,
+    }
+    /// Saying that the work of an order was done.
+    CompleteWorkOrder = "completeWorkOrder" on Island {
+        /// The caller made it.
+        own: bool,
+        /// The caller is the handheld of its technician.
+        assigned: bool,
+    }
+    /// One work order.
+    ShowWorkOrder = "showWorkOrder" on Island {
+        /// The caller made it.
+        own: bool,
+        /// The caller is the handheld of its technician.
+        assigned: bool,
+        /// With its place.
+        place: bool,
+    }
+    /// A list of work orders, without their meters and places.
+    ListWorkOrders = "listWorkOrders" on Island {
+        /// Only those that the caller made.
+        own: bool,
+        /// Only those of the technician whose handheld the caller is.
+        assigned: bool,
+    }
 }
 
 impl Action {
@@ -366,6 +410,18 @@ impl Attributes for Role {
 impl Attributes for Purpose {
     fn put(&self, name: &'static str, to: &mut Vec<(&'static str, Attribute)>) {
         self.name().put(name, to);
+    }
+}
+
+impl Attributes for PersonName {
+    fn put(&self, name: &'static str, to: &mut Vec<(&'static str, Attribute)>) {
+        self.as_str().put(name, to);
+    }
+}
+
+impl Attributes for WorkOrderTasks {
+    fn put(&self, name: &'static str, to: &mut Vec<(&'static str, Attribute)>) {
+        to.push((name, Attribute::Texts(self.names())));
     }
 }
 

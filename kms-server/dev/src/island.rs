@@ -461,11 +461,12 @@ const HEAD_END: &str = "head-end";
 const OFFICER: &str = "officer-1";
 const HANDHELD: &str = "handheld";
 const CUSTODIANS: [&str; 3] = ["custodian-1", "custodian-2", "custodian-3"];
-const IDENTITIES: [(&str, Role, Option<&str>); 5] = [
+const IDENTITIES: [(&str, Role, Option<&str>); 6] = [
     (HEAD_END, Role::HeadEnd, None),
     (OFFICER, Role::Officer, Some("Ada Officer")),
     ("officer-2", Role::Officer, Some("Bo Officer")),
     ("auditor", Role::Auditor, Some("Cy Auditor")),
-    (HANDHELD, Role::Handheld, None),
+    (HANDHELD, Role::Handheld, Some("Ida Technician")),
+    ("workforce", Role::ServiceAccount, None),
 ];
 const OPEN_WITHIN: Duration = Duration::from_secs(60);

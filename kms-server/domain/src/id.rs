@@ -307,11 +307,14 @@ pub enum Role {
     Handheld,
     /// A meter manufacturer.
     Manufacturer,
+    /// A program that serves the island, such as a workforce system. It gets no keys and no frames.
+    ServiceAccount,
 }
 
 impl Role {
     /// All roles.
-    pub const ALL: [Self; 5] = [Self::HeadEnd, Self::Officer, Self::Auditor, Self::Handheld, Self::Manufacturer];
+    pub const ALL: [Self; 6] =
+        [Self::HeadEnd, Self::Officer, Self::Auditor, Self::Handheld, Self::Manufacturer, Self::ServiceAccount];
 
     /// The name in URIs, policies and output.
     pub const fn name(self) -> &'static str {
@@ -321,6 +324,7 @@ impl Role {
             Self::Auditor => "auditor",
             Self::Handheld => "handheld",
             Self::Manufacturer => "manufacturer",
+            Self::ServiceAccount => "service-account",
         }
     }
 
@@ -337,7 +341,10 @@ impl Role {
         Self::ALL.into_iter().find(|role| role.name() == name).ok_or_else(|| {
             ParseError::new(
                 "role",
-                format!("`{}` is not head-end, officer, auditor, handheld or manufacturer", excerpt(name)),
+                format!(
+                    "`{}` is not head-end, officer, auditor, handheld, manufacturer or service-account",
+                    excerpt(name)
+                ),
             )
         })
     }
@@ -481,6 +488,39 @@ uuid_id! {
     /// One run of one server process: the writer of an audit chain and the holder of counter
     /// chunks. Random, never reused.
     WriterId, "writer id"
+}
+
+/// A work order's id: the text by which the workforce system knows it, 1–64 octets of UTF-8 without
+/// control characters and without white space at the ends. It is unique within the island, and its
+/// octets name the order's row. Cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkOrderId(Arc<str>);
+
+impl WorkOrderId {
+    /// The id of this text.
+    ///
+    /// # Errors
+    /// The text has another form.
+    pub fn parse(text: &str) -> Result<Self, ParseError> {
+        if !(1..=64).contains(&text.len()) || text.trim() != text || text.chars().any(char::is_control) {
+            return Err(ParseError::new(
+                "work order id",
+                "not 1 to 64 octets without control characters, and without white space at the ends",
+            ));
+        }
+        Ok(Self(text.into()))
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for WorkOrderId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 /// A counter domain: named by the fingerprint (16 octets) of the key value that several slots share

@@ -34,6 +34,7 @@ mod slots;
 mod time;
 mod transfer;
 mod turns;
+mod work_order;
 
 pub use acceptance::{KeyAcceptance, Remedy, Verdict};
 pub use approval::{Approval, ApprovalError, ApprovalTerms, Approvals, Quorum};
@@ -56,7 +57,8 @@ pub use group::{BegunRotation, Group, GroupError, GroupRotation, MemberCounts, R
 pub use history::{CounterJump, DatabaseHistory, Timeline};
 pub use id::{
     CampaignId, CounterDomainId, DeviceTypeId, FlagId, GrantId, GroupId, IslandName, KeyVersionNumber, Owner,
-    OwnerKind, PrincipalId, ProposalId, RequestId, Role, SecuritySetupId, SystemTitle, TransferId, WriterId,
+    OwnerKind, PrincipalId, ProposalId, RequestId, Role, SecuritySetupId, SystemTitle, TransferId, WorkOrderId,
+    WriterId,
 };
 pub use island::{ClassRoots, DiversificationRoot, Island, IslandKind};
 pub use key::{CounterPlace, Evidence, KeyMaterial, KeyOrigin, KeyState, KeyVersion, Transport, WrappedKey};
@@ -95,3 +97,7 @@ pub use transfer::state::{
 };
 pub use transfer::{Finding, MOST_UNFIT, Next, Observation, Outcome, Step};
 pub use turns::{Turns, Waiting};
+pub use work_order::{
+    NotOrdered, Place, WorkOrder, WorkOrderContent, WorkOrderEnd, WorkOrderError, WorkOrderState, WorkOrderTask,
+    WorkOrderTasks,
+};

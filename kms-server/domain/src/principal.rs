@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::{ParseError, PrincipalId, Role, SystemTitle, UnixMillis};
 
-/// A head-end, officer, auditor, handheld or manufacturer.
+/// A head-end, officer, auditor, handheld, manufacturer or service account.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Principal {
     /// The identity: the URI of its certificates.
@@ -21,7 +21,8 @@ pub struct Principal {
     /// one unless a profile allows it.
     pub client_titles: Vec<SystemTitle>,
     /// I6: the human behind an officer or auditor. Several certificates, and several principals,
-    /// may belong to one person.
+    /// may belong to one person. Of a handheld: the technician who has it, who is no person in the
+    /// sense of I6.
     pub person: Option<PersonName>,
     /// A manufacturer's key that signs its shipments: SubjectPublicKeyInfo (DER), EC P-256 or
     /// P-384.
@@ -34,7 +35,8 @@ impl Principal {
     /// Checks what is always true of a principal.
     ///
     /// # Errors
-    /// An officer or auditor has no person (I6), or a client title or certificate occurs twice.
+    /// An officer or auditor has no person (I6), a service account has what keys need, or a client
+    /// title or certificate occurs twice.
     pub fn check(&self) -> Result<(), ParseError> {
         if self.is_personal() && self.person.is_none() {
             return Err(ParseError::new(
@@ -46,6 +48,12 @@ impl Principal {
             return Err(ParseError::new(
                 "shipment key",
                 format!("`{}` is not a manufacturer: only a manufacturer has one", self.id),
+            ));
+        }
+        if self.id.role() == Role::ServiceAccount && (self.transport.is_some() || !self.client_titles.is_empty()) {
+            return Err(ParseError::new(
+                "service account",
+                format!("`{}` gets no keys: it has no transport key and no client titles", self.id),
             ));
         }
         if self
@@ -71,6 +79,11 @@ impl Principal {
     /// alone certifies such a principal's key.
     pub const fn is_personal(&self) -> bool {
         self.id.role().is_personal()
+    }
+
+    /// The technician whose handheld this is.
+    pub fn technician(&self) -> Option<&PersonName> {
+        self.person.as_ref().filter(|_| self.id.role() == Role::Handheld)
     }
 
     /// The registered certificate with this SHA-256.
@@ -234,7 +247,12 @@ impl PersonName {
 
     /// Whether both name the same person. Case and the number of spaces do not matter (I6).
     pub fn is_same(&self, other: &Self) -> bool {
-        let words = |name: &Self| name.0.split_whitespace().map(str::to_lowercase).collect::<Vec<_>>();
-        words(self) == words(other)
+        self.folded() == other.folded()
+    }
+
+    /// The name by which the same person is found: lower case, and one space between words. At most
+    /// 192 octets.
+    pub fn folded(&self) -> String {
+        self.0.split_whitespace().map(str::to_lowercase).collect::<Vec<_>>().join(" ")
     }
 }

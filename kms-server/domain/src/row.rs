@@ -15,6 +15,7 @@ mod quota;
 mod root;
 mod slot;
 mod transfer;
+mod work_order;
 
 use crate::{ParseError, SecuritySuite, UnixMillis};
 

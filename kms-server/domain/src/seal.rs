@@ -9,7 +9,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     CampaignId, CounterDomainId, CounterJump, DeviceTypeId, GroupId, IslandName, ParseError, PrincipalId, ProposalId,
-    RequestId, RootId, SystemTitle, Task, TaskWork, UnixMillis, WriterId,
+    RequestId, RootId, SystemTitle, Task, TaskWork, UnixMillis, WorkOrderId, WriterId,
 };
 
 /// The identity of a sealed row: kind and id. Both are part of the seal, so a row cannot be copied
@@ -36,6 +36,8 @@ pub enum RowId {
     Proposal(ProposalId),
     /// Kind 9: the rotation to a version of a root.
     RootRotation(RootId),
+    /// Kind 14: a work order.
+    WorkOrder(WorkOrderId),
 }
 
 impl RowId {
@@ -52,11 +54,12 @@ impl RowId {
             Self::Campaign(_) => 8,
             Self::Proposal(_) => 12,
             Self::RootRotation(_) => 9,
+            Self::WorkOrder(_) => 14,
         }
     }
 
     /// Calls `read` with the id's octets: 8 (meter, group, device type), 16 (counter domain,
-    /// campaign, proposal), 2 (root rotation), or a name in UTF-8 (at most 123).
+    /// campaign, proposal), 2 (root rotation), or a name in UTF-8 (at most 126).
     fn with_octets<T>(&self, read: impl FnOnce(&[u8]) -> T) -> T {
         match self {
             Self::Meter(title) => read(&title.octets()),
@@ -67,6 +70,7 @@ impl RowId {
             Self::Campaign(campaign) => read(&campaign.octets()),
             Self::Proposal(proposal) => read(&proposal.octets()),
             Self::RootRotation(root) => read(&root.octets()),
+            Self::WorkOrder(order) => read(order.as_str().as_bytes()),
         }
     }
 }
@@ -84,6 +88,7 @@ impl fmt::Display for RowId {
             Self::Campaign(campaign) => write!(f, "campaign {campaign}"),
             Self::Proposal(proposal) => write!(f, "proposal {proposal}"),
             Self::RootRotation(root) => write!(f, "root rotation {root}"),
+            Self::WorkOrder(order) => write!(f, "work order {order}"),
         }
     }
 }
@@ -644,7 +649,7 @@ mod tests {
         let island = IslandName::parse(&"i".repeat(32)).unwrap();
         let long = |last: &str| {
             RowId::Principal(
-                PrincipalId::new(island.clone(), Role::Manufacturer, &format!("{}{last}", "p".repeat(63))).unwrap(),
+                PrincipalId::new(island.clone(), Role::ServiceAccount, &format!("{}{last}", "p".repeat(63))).unwrap(),
             )
         };
         let digest = |id: &RowId, generation| row_digest(1, id, generation, b"");

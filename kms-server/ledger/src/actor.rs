@@ -56,6 +56,8 @@ impl ServerAct {
     pub const DROP_SHIPMENT: Self = Self("dropShipment");
     /// All tasks of a wave of a campaign have ended.
     pub const END_WAVE: Self = Self("endWave");
+    /// The places of work orders that have been over for long are removed.
+    pub const FORGET_PLACES: Self = Self("forget-places");
     /// Members of a group have received a new version of its key.
     pub const FOLLOW_ROTATION: Self = Self("followRotation");
     /// A version of a root is made, on the token's machine.

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
 use kms_domain::{
     Campaign, CampaignId, CounterDomain, CounterDomainId, DatabaseHistory, DeviceType, DeviceTypeId, Group, GroupId,
     Island, Meter, Principal, PrincipalId, Proposal, ProposalId, RootId, RootRotation, SealKey, SealKeys, SystemTitle,
-    WriterId,
+    WorkOrder, WorkOrderId, WriterId,
 };
 use kms_proto::v1::{AuditKeyChanged, audit_record::Event};
 use kms_store::{Reads, SealedRow, Store};
@@ -214,6 +214,14 @@ impl Committer {
     /// The row does not verify.
     pub fn open_proposal(&self, id: ProposalId, row: &SealedRow) -> Result<Arc<Proposal>, ServiceError> {
         self.open(id, row)
+    }
+
+    /// Opens a work order's row that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_work_order(&self, id: &WorkOrderId, row: &SealedRow) -> Result<Arc<WorkOrder>, ServiceError> {
+        self.open(id.clone(), row)
     }
 
     /// Opens the island's own row that was read outside a transaction.

@@ -148,7 +148,7 @@ impl Level {
 const HOUR: Duration = Duration::from_hours(1);
 /// Actions that are requested by the thousand. All others may use a reserve of a quarter above the
 /// bound, so that a head-end at the bound can still finish its transfers and revoke grants.
-const BULK: [&str; 4] = ["openSession", "openGroupSession", "protectFrame", "unprotectFrame"];
+const BULK: [&str; 5] = ["openSession", "openGroupSession", "protectFrame", "unprotectFrame", "createWorkOrder"];
 
 /// Actions that end a thief's access. They are never refused: there are few principals and
 /// certificates to end.

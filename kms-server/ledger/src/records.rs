@@ -70,6 +70,10 @@ pub const fn event_kind(event: &Event) -> u16 {
         Event::RootRowsAdvanced(_) => 48,
         Event::RootDestroyed(_) => 49,
         Event::AuditKeyChanged(_) => 50,
+        Event::WorkOrderCreated(_) => 75,
+        Event::WorkOrderChanged(_) => 76,
+        Event::WorkOrderEnded(_) => 77,
+        Event::PlacesForgotten(_) => 78,
         Event::ClockJumped(_) => CLOCK_JUMPED,
     }
 }

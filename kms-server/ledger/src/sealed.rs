@@ -5,10 +5,10 @@ use std::{fmt, sync::Arc};
 use kms_domain::{
     Campaign, CampaignId, CounterDomain, CounterDomainId, DeviceType, DeviceTypeId, Generation, Group, GroupId, Island,
     IslandName, Meter, Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RootId, RootRotation, RowId, RowSeal,
-    SealKey, SealKeys, Slots, SystemTitle,
+    SealKey, SealKeys, Slots, SystemTitle, WorkOrder, WorkOrderEnd, WorkOrderId,
 };
 use kms_proto::v1::RowWrite;
-use kms_store::{Changes, MeterProjection, MeterPut, RowKind, SealedPut, SealedRow};
+use kms_store::{Changes, MeterProjection, MeterPut, RowKind, SealedPut, SealedRow, WorkOrderColumns, WorkOrderEnding};
 
 use super::seen::Seen;
 use kms_base::error::ServiceError;
@@ -73,6 +73,7 @@ contents! {
     Campaign by id: CampaignId;
     Proposal by id: ProposalId;
     RootRotation by to: RootId;
+    WorkOrder by id: WorkOrderId;
 }
 
 impl Value {
@@ -149,6 +150,7 @@ fn decode(id: &RowId, island: &IslandName, body: bytes::Bytes) -> Result<Value, 
         RowId::Campaign(campaign) => value(Campaign::from_row(*campaign, body)),
         RowId::Proposal(proposal) => value(Proposal::from_row(*proposal, body)),
         RowId::RootRotation(to) => value(RootRotation::from_row(*to, body)),
+        RowId::WorkOrder(order) => value(WorkOrder::from_row(order.clone(), body)),
     }
 }
 
@@ -181,7 +183,10 @@ pub(super) fn put_row(
             (Some(_), true) => MeterPut::update_projection(meter.title, row, projection(&meter)),
             (Some(_), false) => MeterPut::update(meter.title, row),
         }),
-        _ => {
+        other => {
+            if let Value::WorkOrder(order) = other {
+                changes.work_orders.push(work_order_columns(&order));
+            }
             let (kind, octets) = sealed_name(id);
             changes.sealed.push(SealedPut { kind, id: octets, row });
         }
@@ -201,6 +206,7 @@ fn encode(value: &Value) -> Result<Vec<u8>, String> {
         Value::Campaign(campaign) => Ok(campaign.to_row()),
         Value::Proposal(proposal) => Ok(proposal.to_row()),
         Value::RootRotation(rotation) => Ok(rotation.to_row()),
+        Value::WorkOrder(order) => Ok(order.to_row()),
     }
 }
 
@@ -213,6 +219,22 @@ fn projection(meter: &Meter) -> MeterProjection {
         head_end: meter.class.head_end.as_ref().map(ToString::to_string),
         batch: Some(meter.batch.clone()).filter(|batch| !batch.is_empty()),
         groups: meter.class.groups.iter().map(|group| group.0).collect(),
+    }
+}
+
+/// What the search columns show of a work order.
+pub fn work_order_columns(order: &WorkOrder) -> WorkOrderColumns {
+    WorkOrderColumns {
+        id: order.id.clone(),
+        maker: order.maker.clone(),
+        technician: order.content.technician.folded(),
+        end: match &order.end {
+            None => WorkOrderEnding::None,
+            Some(WorkOrderEnd { completed: true, .. }) => WorkOrderEnding::Completed,
+            Some(_) => WorkOrderEnding::Cancelled,
+        },
+        from: order.content.from,
+        until: order.content.until,
     }
 }
 
@@ -229,12 +251,18 @@ pub fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
         RowId::Campaign(campaign) => (RowKind::Campaign, campaign.octets().to_vec()),
         RowId::Proposal(proposal) => (RowKind::Proposal, proposal.octets().to_vec()),
         RowId::RootRotation(to) => (RowKind::RootRotation, to.octets().to_vec()),
+        RowId::WorkOrder(order) => work_order_row(order),
     }
 }
 
 /// The name in the store of the row that counts what a principal has used of its quotas.
 pub fn quota_use_row(id: &PrincipalId) -> (RowKind, Vec<u8>) {
     (RowKind::QuotaUse, id.to_string().into_bytes())
+}
+
+/// The name in the store of a work order's row.
+pub fn work_order_row(id: &WorkOrderId) -> (RowKind, Vec<u8>) {
+    (RowKind::WorkOrder, id.as_str().as_bytes().to_vec())
 }
 
 /// The name in the store of a principal's row.

@@ -106,6 +106,7 @@ fn context(action: &Action) -> Vec<(String, RestrictedExpression)> {
         Attribute::Text(value) => text(&value),
         Attribute::Number(value) => RestrictedExpression::new_long(value),
         Attribute::Bool(value) => RestrictedExpression::new_bool(value),
+        Attribute::Texts(values) => RestrictedExpression::new_set(values.iter().map(|value| text(value))),
     };
     action.attributes().into_iter().map(|(name, attribute)| (name.to_owned(), value(attribute))).collect()
 }
@@ -132,6 +133,7 @@ const fn entity_type(role: Role) -> &'static str {
         Role::Auditor => "Auditor",
         Role::Handheld => "Handheld",
         Role::Manufacturer => "Manufacturer",
+        Role::ServiceAccount => "ServiceAccount",
     }
 }
 

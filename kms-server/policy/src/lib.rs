@@ -163,14 +163,16 @@ fn read_quotas(directory: &Path) -> Result<(PathBuf, String), PolicyError> {
 }
 
 const SCHEMA: &str = include_str!("../../../policies/meterkms.cedarschema");
-const SHIPPED: [(&str, &str); 7] = [
+const SHIPPED: [(&str, &str); 9] = [
     ("auditors.cedar", include_str!("../../../policies/auditors.cedar")),
     ("everyone.cedar", include_str!("../../../policies/everyone.cedar")),
     ("groups.cedar", include_str!("../../../policies/groups.cedar")),
     ("guards.cedar", include_str!("../../../policies/guards.cedar")),
+    ("handhelds.cedar", include_str!("../../../policies/handhelds.cedar")),
     ("head-ends.cedar", include_str!("../../../policies/head-ends.cedar")),
     ("manufacturers.cedar", include_str!("../../../policies/manufacturers.cedar")),
     ("officers.cedar", include_str!("../../../policies/officers.cedar")),
+    ("service-accounts.cedar", include_str!("../../../policies/service-accounts.cedar")),
 ];
 
 #[cfg(test)]
@@ -182,7 +184,8 @@ mod tests {
         Resource, ResourceKind,
     };
     use kms_domain::{
-        DeviceProfileName, FlagId, GroupId, IslandName, KeyType, MeterClass, MeterStatus, PrincipalId, Role,
+        DeviceProfileName, FlagId, GroupId, IslandName, KeyType, MeterClass, MeterStatus, PersonName, PrincipalId,
+        Role, WorkOrderTask,
     };
 
     use super::engine::uid;
@@ -343,6 +346,101 @@ mod tests {
                 "{} {action:?}",
                 principal.principal
             );
+        }
+    }
+
+    fn work(tasks: &[WorkOrderTask], technician: &str, hours: u32) -> Action {
+        let technician = PersonName::parse(technician).unwrap();
+        Action::CreateWorkOrder { tasks: tasks.iter().copied().collect(), technician, hours }
+    }
+
+    /// Every role and every action on work orders: who may, and who may not.
+    #[test]
+    fn work_orders_are_for_those_who_make_them_and_those_who_do_them() {
+        use Action::{CancelWorkOrder, ChangeWorkOrder, CompleteWorkOrder, ListWorkOrders, ShowWorkOrder};
+        let policy = load(None).unwrap();
+        let class = class(MeterStatus::InService, Some("hes-1"));
+        let bools = [false, true];
+        for role in Role::ALL {
+            let principal = facts(role, "one");
+            let permits = |action: Action| policy.permits(&principal, &action, &Resource::Island).is_permit();
+            let create = policy.permits(&principal, &work(&WorkOrderTask::ALL, "Ida", 744), &Resource::Meters(&class));
+            assert_eq!(create.is_permit(), matches!(role, Role::Officer | Role::ServiceAccount), "{role}");
+            for own in bools {
+                let of_maker = role == Role::Officer || (role == Role::ServiceAccount && own);
+                assert_eq!(permits(ChangeWorkOrder { own }), of_maker, "{role} {own}");
+                assert_eq!(permits(CancelWorkOrder { own }), of_maker, "{role} {own}");
+                for assigned in bools {
+                    let of_technician = role == Role::Handheld && assigned;
+                    assert_eq!(permits(CompleteWorkOrder { own, assigned }), of_maker || of_technician, "{role}");
+                    let seen = of_maker || of_technician || role == Role::Auditor;
+                    assert_eq!(permits(ListWorkOrders { own, assigned }), seen, "{role}");
+                    assert_eq!(permits(ShowWorkOrder { own, assigned, place: false }), seen, "{role}");
+                    let place = of_maker || of_technician;
+                    assert_eq!(permits(ShowWorkOrder { own, assigned, place: true }), place, "{role}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_service_account_gets_no_keys_whatever_else_is_permitted() {
+        let mut files: Vec<_> = SHIPPED.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned())).collect();
+        files.push((PathBuf::from("site.cedar"), "permit (principal, action, resource);".to_owned()));
+        let policy = from_files(files, (Quotas::FILE.into(), Quotas::SHIPPED.to_owned())).unwrap();
+        let account = facts(Role::ServiceAccount, "wfm");
+        let own = class(MeterStatus::InService, None);
+        let group = GroupFacts { number: 7, name: "north".to_owned(), suite: 0 };
+        for action in [
+            session(KeyType::GUEK, Purpose::Read, 900),
+            frame(FrameService::Get, 3, 2, Purpose::Read),
+            Action::UnprotectFrame { purpose: Purpose::Read },
+            Action::TransferKey { key_type: KeyType::GUEK, in_frames: true, urgent: false, campaign: true },
+            Action::TransferMasterKey { in_frames: true, urgent: false, campaign: true },
+            Action::ProbeKeys { campaign: true },
+            Action::AttestKey { key_type: KeyType::GUEK },
+            Action::WithdrawTransfer { own: true },
+            Action::LeaseTasks,
+        ] {
+            assert!(!policy.permits(&account, &action, &Resource::Meters(&own)).is_permit(), "{action}");
+        }
+        let broadcast = Action::OpenGroupSession {
+            key_type: KeyType::GBEK,
+            purpose: Purpose::Read,
+            lifetime_seconds: 60,
+            named_version: false,
+        };
+        assert!(!policy.permits(&account, &broadcast, &Resource::Group(&group)).is_permit());
+        let transport = Action::RegisterTransportKey { role: Role::ServiceAccount };
+        assert!(!policy.permits(&account, &transport, &Resource::Island).is_permit());
+        assert!(policy.permits(&account, &Action::ShowMeter, &Resource::Meters(&own)).is_permit(), "it is no key");
+        // Its own certificate, as shipped.
+        let renew = Action::RenewPrincipal { role: Role::ServiceAccount, own: true };
+        assert!(load(None).unwrap().permits(&account, &renew, &Resource::Island).is_permit());
+        let officer = facts(Role::Officer, "ada");
+        let renew = Action::RenewPrincipal { role: Role::ServiceAccount, own: false };
+        assert!(load(None).unwrap().permits(&officer, &renew, &Resource::Island).is_permit());
+    }
+
+    /// The examples of policies/README.md.
+    #[test]
+    fn policies_know_the_tasks_the_technician_and_the_length_of_an_order() {
+        let permit = r#"permit (principal is ServiceAccount, action == Action::"createWorkOrder", resource)
+            when { !context.tasks.contains("control-supply") && context.hours <= 24 };"#;
+        let forbid = r#"forbid (principal, action == Action::"createWorkOrder", resource)
+            when { context.tasks.contains("firmware") && !["Ida Berg", "Bo Lind"].contains(context.technician) };"#;
+        let policy = from_text(&format!("{permit}\n{forbid}")).unwrap();
+        let (account, class) = (facts(Role::ServiceAccount, "wfm"), class(MeterStatus::InService, None));
+        use WorkOrderTask::{ControlSupply, Firmware, Read};
+        for (tasks, technician, hours, expected) in [
+            (&[Read][..], "Eve", 24, true),
+            (&[Read], "Eve", 25, false),
+            (&[Read, ControlSupply], "Ida Berg", 1, false),
+            (&[Read, Firmware], "Ida Berg", 1, true),
+            (&[Read, Firmware], "Eve", 1, false),
+        ] {
+            let decision = policy.permits(&account, &work(tasks, technician, hours), &Resource::Meters(&class));
+            assert_eq!(decision.is_permit(), expected, "{tasks:?} {technician} {hours}");
         }
     }
 

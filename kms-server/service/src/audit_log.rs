@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kms_domain::{PrincipalId, SystemTitle, UnixMillis};
-use kms_proto::v1::{AuditRecord, audit_record::Event};
+use kms_proto::v1::{AuditRecord, WorkOrderChanged, WorkOrderCreated, audit_record::Event};
 use kms_store::{AuditCursor, AuditFilter, AuditRow};
 use prost::Message as _;
 
@@ -132,6 +132,8 @@ fn names(record: &AuditRecord, meter: SystemTitle) -> bool {
         Some(Event::KeysGranted(event)) => event.meters.iter().any(|granted| granted.meter == number),
         Some(Event::FramesProtected(event)) => event.frames.iter().any(|frame| frame.meter == number),
         Some(Event::MetersChanged(event)) => event.meters.iter().any(is),
+        Some(Event::WorkOrderCreated(WorkOrderCreated { work: Some(work), .. }))
+        | Some(Event::WorkOrderChanged(WorkOrderChanged { work: Some(work), .. })) => work.meters.contains(&number),
         Some(Event::SecurityEvent(event)) => is(&event.meter),
         Some(Event::KeysDestroyed(event)) => event.keys.iter().any(|keys| keys.kind == METER && is(&keys.owner)),
         _ => false,

@@ -35,5 +35,6 @@ pub mod shipment;
 mod testing;
 pub mod transfer;
 mod watch;
+pub mod work_order;
 
 pub use kms_ledger::Request;

@@ -187,6 +187,8 @@ impl Principals {
                         ServiceError::Internal("a transport certificate without a P-256 key".to_owned())
                     })?);
                 principal.revision += 1;
+                // Whatever policy permits, a service account has none.
+                principal.check().map_err(ServiceError::parse("principal"))?;
                 let record = changed(&id, "transport-key-registered", Some(&issued), "");
                 Ok((principal, record, Some(issued.clone()), chain.clone()))
             },

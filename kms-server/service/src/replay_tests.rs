@@ -12,8 +12,9 @@ use aws_lc_rs::agreement::{ECDH_P256, PrivateKey};
 use kms_dlms::Protection;
 use kms_domain::{
     DeviceProfileName, Evidence, FlagId, KeyLength, KeyOrigin, KeyState, KeyType, KeyVersionNumber, NewKeyVersion,
-    Outcome, Party, PrincipalId, ProposalId, Quorum, RequestId, Role, SecuritySetupId, SwitchThreshold, SystemTitle,
-    TransferForm, TransferId, TransportCertificate, WrappedKey,
+    Outcome, Party, PersonName, Place, PrincipalId, ProposalId, Quorum, RequestId, Role, SecuritySetupId,
+    SwitchThreshold, SystemTitle, TransferForm, TransferId, TransportCertificate, WorkOrderContent, WorkOrderId,
+    WorkOrderTask, WrappedKey,
 };
 use kms_proto::v1::{self, AuditRecord, Manifest, MetersChanged, audit_record::Event};
 use kms_store::{Changes, Decision, Reads, RequestKey, RequestPut, RequestRow};
@@ -37,6 +38,7 @@ use crate::{
     owner::{NewOwnerKey, OwnerService},
     principal::{NewPrincipal, Principals},
     transfer::{NextStep, Order, Report, ReportedAnswer, SendingKind, StepAnswer, TransferService, tests::Field},
+    work_order::{self, NewWorkOrder, WorkOrderService},
 };
 use kms_authz::{Caller, Policy, Purpose, Quotas};
 use kms_base::error::ServiceError;
@@ -756,6 +758,23 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
         call!("propose a raise", MeterService, island.officer, |service, by, request| async move {
             service.propose_raise(&by, request, raise()).await
         }),
+        call!("create work orders", WorkOrderService, island.officer, |service, by, request| async move {
+            let orders = [("WO-1", 1), ("WO-2", 99), ("WO-3", 2)]
+                .map(|(id, number)| NewWorkOrder { id: WorkOrderId::parse(id).unwrap(), content: work(number) });
+            service.create(&by, request, orders.to_vec()).await
+        }),
+        call!("change a work order", WorkOrderService, island.officer, |service, by, request| async move {
+            let change = work_order::WorkOrderChange::Content { revision: 1, content: work(3) };
+            service.change(&by, request, WorkOrderId::parse("WO-1").unwrap(), change).await
+        }),
+        call!("cancel a work order", WorkOrderService, island.officer, |service, by, request| async move {
+            let change = work_order::WorkOrderChange::Cancel { reason: "not at home".to_owned() };
+            service.change(&by, request, WorkOrderId::parse("WO-1").unwrap(), change).await
+        }),
+        call!("complete a work order", WorkOrderService, island.officer, |service, by, request| async move {
+            let change = work_order::WorkOrderChange::Complete;
+            service.change(&by, request, WorkOrderId::parse("WO-3").unwrap(), change).await
+        }),
         call!("approve", ProposalService, colleague, |service, by, request| async move {
             let mut proposals = service.list(&by, None, 9).await?;
             let proposal = proposals.remove(0);
@@ -795,6 +814,14 @@ fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
                 .await
         }),
     ]
+}
+
+/// Work at a meter, in a week around now.
+fn work(number: u64) -> WorkOrderContent {
+    let day = kms_domain::UnixMillis(IslandContext::now().0 / 86_400_000 * 86_400_000);
+    let (technician, tasks) = (PersonName::parse("Ida Berg").unwrap(), [WorkOrderTask::Read].into_iter().collect());
+    let (time, place) = ((day, day.after(7 * 86_400_000)), Place::parse("Harbour Street 7").unwrap());
+    WorkOrderContent::new(technician, vec![meter(number)], tasks, time, place).unwrap()
 }
 
 fn raise() -> CounterRaise {

@@ -1,6 +1,7 @@
 //! The daily retention pass destroys key versions that nobody needs any more. Old versions of a
 //! slot are destroyed when a later one was proven and the retention time has passed since
 //! (I3). All versions of a retired meter are destroyed when it has passed since the retirement.
+//! The places of work orders are removed in the same run.
 //!
 //! A destroyed version has no wrapped key in its row, and a diversified one is never derived again.
 //! Backups of the database and free pages of its files may still hold the wrapped key; see
@@ -22,6 +23,7 @@ use prost::Message as _;
 
 use crate::equal_keys::{expose_groups_under_equal_keks, share_exposures};
 use crate::island::IslandContext;
+use crate::work_order::places::forget_places;
 use kms_base::error::ServiceError;
 use kms_ledger::{CLOCK_JUMPED, Decision, ServerAct, View};
 
@@ -43,6 +45,8 @@ pub struct RetentionReport {
     pub released: u64,
     /// Key versions that were destroyed.
     pub destroyed: u64,
+    /// Places of work orders that were removed.
+    pub places_forgotten: u64,
     /// Nothing was done, because a clock was set ahead within the last week.
     pub clock_in_doubt: bool,
 }
@@ -76,12 +80,13 @@ impl RetentionPass {
                             "a clock was set ahead within the last week: no key is destroyed until a week has passed since, or the clock is set right"
                         );
                     }
-                    Ok(RetentionReport { rows_read, rows_changed, released, destroyed, clock_in_doubt: false }) => {
+                    Ok(report) => {
                         tracing::info!(
-                            rows_read,
-                            rows_changed,
-                            released,
-                            destroyed,
+                            rows_read = report.rows_read,
+                            rows_changed = report.rows_changed,
+                            released = report.released,
+                            destroyed = report.destroyed,
+                            places_forgotten = report.places_forgotten,
                             "key versions whose retention time has passed were destroyed"
                         );
                     }
@@ -182,6 +187,7 @@ impl RetentionPass {
                 self.expire_groups(due, now, &mut report).await?;
             }
         }
+        report.places_forgotten = forget_places(&self.island, now).await?;
         Ok(report)
     }
 

@@ -1,7 +1,8 @@
 //! The id of a sealed row, from its kind and octets in the store.
 
 use kms_domain::{
-    CampaignId, CounterDomainId, DeviceTypeId, GroupId, IslandName, PrincipalId, ProposalId, RootId, RowId, SystemTitle,
+    CampaignId, CounterDomainId, DeviceTypeId, GroupId, IslandName, PrincipalId, ProposalId, RootId, RowId,
+    SystemTitle, WorkOrderId,
 };
 
 /// The id of a row of this kind; `None` where the octets are no id of the kind.
@@ -18,6 +19,7 @@ pub(crate) fn row_id(kind: u8, id: &[u8], island: &IslandName) -> Option<RowId> 
         7 => PrincipalId::parse(text()?).ok().map(RowId::QuotaUse),
         8 => CampaignId::from_octets(id).ok().map(RowId::Campaign),
         12 => ProposalId::from_octets(id).ok().map(RowId::Proposal),
+        14 => WorkOrderId::parse(text()?).ok().map(RowId::WorkOrder),
         9 => RootId::from_octets(id).ok().map(RowId::RootRotation),
         _ => None,
     }

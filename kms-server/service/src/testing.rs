@@ -362,7 +362,12 @@ impl TestIsland {
 
     /// Another officer, of a person. The number makes a certificate of its own.
     pub(crate) async fn officer_of(&self, name: &str, person: &str, number: u8) -> Caller {
-        let id = PrincipalId::new(self.island.name().clone(), Role::Officer, name).unwrap();
+        self.member(Role::Officer, name, Some(person), number).await
+    }
+
+    /// Another principal. The number makes a certificate of its own.
+    pub(crate) async fn member(&self, role: Role, name: &str, person: Option<&str>, number: u8) -> Caller {
+        let id = PrincipalId::new(self.island.name().clone(), role, name).unwrap();
         let not_after = IslandContext::now().after(86_400_000);
         let certificate = PrincipalCertificate::unrecorded(bytes::Bytes::from(vec![number]), [number; 32], not_after);
         let principal = Principal {
@@ -372,7 +377,7 @@ impl TestIsland {
             certificates: vec![certificate],
             transport: None,
             client_titles: Vec::new(),
-            person: Some(kms_domain::PersonName::parse(person).unwrap()),
+            person: person.map(|person| kms_domain::PersonName::parse(person).unwrap()),
             shipment_key: None,
             added: UnixMillis(1),
         };

@@ -245,6 +245,7 @@ const MIGRATIONS: &[Migration] = &[
     Migration { version: 1, name: "initial", sql: include_str!("../migrations/postgres/0001_initial.sql") },
     Migration { version: 2, name: "campaigns", sql: include_str!("../migrations/postgres/0002_campaigns.sql") },
     Migration { version: 3, name: "group members", sql: include_str!("../migrations/postgres/0003_group_members.sql") },
+    Migration { version: 4, name: "work orders", sql: include_str!("../migrations/postgres/0004_work_orders.sql") },
 ];
 /// ASCII `MKMP`: distinguishes our advisory locks from those of other programs.
 const ADVISORY_CLASS: i32 = 1_296_780_112;

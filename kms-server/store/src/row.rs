@@ -2,7 +2,7 @@
 
 use kms_domain::{
     CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, PrincipalId, RequestId, SealKey, SecuritySetupId,
-    SystemTitle, Task, TaskState, UnixMillis, WriterId,
+    SystemTitle, Task, TaskState, UnixMillis, WorkOrderId, WorkOrderState, WriterId,
 };
 
 /// A sealed row as it is stored. The store does not read its body.
@@ -46,11 +46,13 @@ pub enum RowKind {
     RootRotation,
     /// A proposal.
     Proposal,
+    /// A work order.
+    WorkOrder,
 }
 
 impl RowKind {
     /// All kinds.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Group,
         Self::DeviceType,
         Self::Principal,
@@ -60,6 +62,7 @@ impl RowKind {
         Self::Campaign,
         Self::RootRotation,
         Self::Proposal,
+        Self::WorkOrder,
     ];
 
     /// The kind's number in the seal's input and in the database.
@@ -74,6 +77,7 @@ impl RowKind {
             Self::Campaign => 8,
             Self::RootRotation => 9,
             Self::Proposal => 12,
+            Self::WorkOrder => 14,
         }
     }
 
@@ -89,13 +93,16 @@ impl RowKind {
             Self::Campaign => "campaign",
             Self::RootRotation => "root rotation",
             Self::Proposal => "proposal",
+            Self::WorkOrder => "work order",
         }
     }
 
     /// How a transaction locks the rows of this kind that it reads.
     pub(crate) const fn lock(self) -> RowLock {
         match self {
-            Self::CounterDomain | Self::QuotaUse | Self::RootRotation | Self::Proposal => RowLock::Exclusive,
+            Self::CounterDomain | Self::QuotaUse | Self::RootRotation | Self::Proposal | Self::WorkOrder => {
+                RowLock::Exclusive
+            }
             Self::Campaign => RowLock::Campaign,
             _ => RowLock::Shared,
         }
@@ -159,6 +166,71 @@ pub enum Assigned {
     ToNone,
     /// To the head-end with this URI.
     To(String),
+}
+
+/// The search columns of a work order, which repeat parts of its sealed body. They are for finding,
+/// never for deciding (I5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkOrderColumns {
+    /// The order.
+    pub id: WorkOrderId,
+    /// The principal that made it.
+    pub maker: PrincipalId,
+    /// The technician, as [`kms_domain::PersonName::folded`] writes the name.
+    pub technician: String,
+    /// Whether it has ended.
+    pub end: WorkOrderEnding,
+    /// The begin of its time.
+    pub from: UnixMillis,
+    /// The end of its time.
+    pub until: UnixMillis,
+}
+
+/// A work order and its row, with its place in the order of [`crate::Store::work_order_page`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkOrderRow {
+    /// The order.
+    pub id: WorkOrderId,
+    /// The begin of its time, as the search columns have it.
+    pub from: UnixMillis,
+    /// Its row.
+    pub row: SealedRow,
+}
+
+/// Whether a work order has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum WorkOrderEnding {
+    /// It has not.
+    None,
+    /// It was completed.
+    Completed,
+    /// It was cancelled.
+    Cancelled,
+}
+
+impl WorkOrderEnding {
+    pub(crate) const fn number(self) -> i64 {
+        match self {
+            Self::None => 0,
+            Self::Completed => 1,
+            Self::Cancelled => 2,
+        }
+    }
+}
+
+/// Selects work orders. Empty: all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WorkOrderFilter {
+    /// Of this technician, as [`kms_domain::PersonName::folded`] writes the name.
+    pub technician: Option<String>,
+    /// Made by this principal.
+    pub maker: Option<PrincipalId>,
+    /// In this state at this time.
+    pub state: Option<(WorkOrderState, UnixMillis)>,
+    /// Whose time ends after this moment.
+    pub ends_after: Option<UnixMillis>,
+    /// Whose time begins before this moment.
+    pub begins_before: Option<UnixMillis>,
 }
 
 /// A record to append to the log.

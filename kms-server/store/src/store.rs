@@ -1,12 +1,15 @@
 //! [`Store`]: everything that the server asks of its database.
 
 use async_trait::async_trait;
-use kms_domain::{CampaignId, GrantId, PrincipalId, SystemTitle, TaskState, Timeline, UnixMillis, WriterId};
+use kms_domain::{
+    CampaignId, GrantId, PrincipalId, SystemTitle, TaskState, Timeline, UnixMillis, WorkOrderId, WriterId,
+};
 
 use crate::{
     AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, FingerprintOwner,
     FingerprintPrefix, GrantFilter, GrantRow, MeterFilter, MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow,
     ServerRow, ShipmentRefusal, ShipmentRow, Sizes, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTally, UploadId,
+    WorkOrderColumns, WorkOrderFilter, WorkOrderRow,
 };
 
 /// The database of one island.
@@ -236,6 +239,19 @@ pub trait Store: Send + Sync {
         state: TaskState,
         limit: u32,
     ) -> Result<u64, StoreError>;
+
+    /// Up to `limit` work orders that match, with their sealed rows, in the order of their begin
+    /// and then of their ids, after the order with this begin and id.
+    async fn work_order_page(
+        &self,
+        filter: &WorkOrderFilter,
+        after: Option<(UnixMillis, WorkOrderId)>,
+        limit: u32,
+    ) -> Result<Vec<WorkOrderRow>, StoreError>;
+
+    /// Adds missing search columns of work orders. Returns how many were missing. Transactions that
+    /// write orders write these columns: this repairs columns that were lost.
+    async fn complete_work_orders(&self, orders: &[WorkOrderColumns]) -> Result<u64, StoreError>;
 
     /// The PIN of a token and user that failed last. None: none failed, or another PIN was accepted
     /// since.

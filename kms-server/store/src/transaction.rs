@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 
-use kms_domain::{CampaignId, GrantId, SystemTitle, UnixMillis, WriterId};
+use kms_domain::{CampaignId, GrantId, PrincipalId, SystemTitle, UnixMillis, WriterId};
 
 use crate::{
     AuditAppend, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterProjection, RequestKey, RequestRow,
-    RowKind, SealedRow, ShipmentRefusal, ShipmentRow, SpooledFile, TaskKey, TaskRow, UploadId, row::RowLock,
+    RowKind, SealedRow, ShipmentRefusal, ShipmentRow, SpooledFile, TaskKey, TaskRow, UploadId, WorkOrderColumns,
+    row::RowLock,
 };
 
 /// Rows to read in a transaction. Naming a row twice is harmless.
@@ -32,6 +33,10 @@ pub struct Reads {
     pub spool: bool,
     /// Tasks of campaigns.
     pub tasks: Vec<TaskKey>,
+    /// How many work orders these principals have made whose time is not over and that have not
+    /// ended. Only one transaction at a time reads the number of a principal, so it alone adds an
+    /// order.
+    pub work_orders_of: Vec<PrincipalId>,
     /// The last audit records of these writers.
     pub audit_tails: Vec<WriterId>,
     /// The database's clock.
@@ -54,6 +59,7 @@ impl Reads {
         self.grants.extend_from_slice(&more.grants);
         self.shipments.extend_from_slice(&more.shipments);
         self.tasks.extend_from_slice(&more.tasks);
+        self.work_orders_of.extend_from_slice(&more.work_orders_of);
         self.audit_tails.extend_from_slice(&more.audit_tails);
         self.clock |= more.clock;
         self.spool |= more.spool;
@@ -69,6 +75,7 @@ impl Reads {
         tidy(&mut self.grants, |id| known.grants.contains_key(id));
         tidy(&mut self.shipments, |upload| known.shipments.contains_key(upload));
         tidy(&mut self.tasks, |key| known.tasks.contains_key(key));
+        tidy(&mut self.work_orders_of, |maker| known.work_orders_of.contains_key(maker));
         self.clock &= known.clock.is_none();
         self.spool &= known.spool.is_none();
         tidy(&mut self.audit_tails, |writer| known.audit_tails.contains_key(writer));
@@ -80,6 +87,7 @@ impl Reads {
         let sealed = |lock| self.sealed.iter().any(|(kind, _)| kind.lock() == lock);
         [
             (LockRank::Spool, self.spool),
+            (LockRank::WorkOrderCounts, !self.work_orders_of.is_empty()),
             (LockRank::Fingerprints, !self.fingerprints.is_empty()),
             (LockRank::Meters, !self.meters.is_empty()),
             (LockRank::SharedRows, sealed(RowLock::Shared)),
@@ -98,6 +106,7 @@ impl Reads {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum LockRank {
     Spool,
+    WorkOrderCounts,
     Fingerprints,
     Meters,
     SharedRows,
@@ -149,6 +158,7 @@ pub struct ReadSet {
     pub(crate) grants: HashMap<GrantId, Option<GrantRow>>,
     pub(crate) shipments: HashMap<UploadId, Option<ShipmentRow>>,
     pub(crate) tasks: HashMap<TaskKey, Option<TaskRow>>,
+    pub(crate) work_orders_of: HashMap<PrincipalId, u64>,
     pub(crate) audit_tails: HashMap<WriterId, Option<AuditTail>>,
     pub(crate) clock: Option<UnixMillis>,
     pub(crate) spool: Option<Vec<SpooledFile>>,
@@ -201,6 +211,11 @@ impl ReadSet {
     /// A task.
     pub fn task(&self, key: TaskKey) -> Lookup<'_, TaskRow> {
         Lookup::of(&self.tasks, &key)
+    }
+
+    /// How many work orders of a principal are planned or open. `None`: it was not read.
+    pub fn work_orders_of(&self, maker: &PrincipalId) -> Option<u64> {
+        self.work_orders_of.get(maker).copied()
     }
 
     /// The database's clock when the rows were read. `None`: it was not read.
@@ -256,6 +271,8 @@ pub struct Changes {
     pub refusals: Vec<ShipmentRefusal>,
     /// Tasks. Generation 1 inserts a task. Others are written only over the generation before.
     pub tasks: Vec<TaskRow>,
+    /// The search columns of the work orders among the sealed rows.
+    pub work_orders: Vec<WorkOrderColumns>,
     /// I2: the records of all these changes.
     pub audit: Vec<AuditAppend>,
 }

@@ -16,13 +16,13 @@ use std::{collections::BTreeMap, path::PathBuf};
 use common::*;
 use kms_domain::{
     CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, RequestId, SecuritySetupId, Task, TaskState, TaskStep,
-    TaskWork, UnixMillis, WriterId,
+    TaskWork, UnixMillis, WorkOrderId, WriterId,
 };
 use kms_store::{
     Assigned, AuditFilter, AuditReference, Changes, DatabaseLocation, FingerprintOwner, FingerprintPrefix,
     FingerprintPut, GrantFilter, GrantRevocation, GrantRow, Lookup, MeterFilter, MeterProjection, MeterPut, PinFailure,
     Reads, RequestKey, RequestPut, RequestRow, RowKind, SealedPut, ShipmentRefusal, ShipmentRow, ShipmentState, Store,
-    StoreConfig, TaskFilter, TaskKey, TaskRow, UploadId,
+    StoreConfig, TaskFilter, TaskKey, TaskRow, UploadId, WorkOrderColumns, WorkOrderEnding,
 };
 use kms_store_testing as testing;
 
@@ -132,11 +132,17 @@ async fn read(store: &dyn Store, version: usize) {
         let due = store.due_tasks(campaign(), &principal("hes").to_string(), 9).await.unwrap();
         assert_eq!(due, [title(1)]);
     }
-    let reads = Reads { requests: vec![request()], audit_tails: vec![writer()], ..Reads::default() };
+    let reads = Reads {
+        requests: vec![request()],
+        audit_tails: vec![writer()],
+        work_orders_of: vec![principal("hes")],
+        ..Reads::default()
+    };
     store
         .transact(reads, &mut |set| {
             assert_eq!(set.request(&request()), Lookup::Present(&outcome()));
             assert_eq!(set.audit_tail(writer()).present().unwrap().chain, [1; 32]);
+            assert_eq!(set.work_orders_of(&principal("hes")), Some(u64::from(version >= 4)));
             kms_store::Decision::Abandon
         })
         .await
@@ -171,6 +177,7 @@ async fn write_all(store: &dyn Store, version: usize) {
         shipments: vec![ShipmentRow { generation: 2, imported: 1, ..shipment() }],
         refusals: vec![refusal(8)],
         tasks: vec![TaskRow { generation, ..new_task }],
+        work_orders: vec![work_order("WO-1"), work_order("WO-2")],
         audit: vec![record(writer(), 2), record(run, 0)],
     };
     write(store, changes).await.unwrap();
@@ -201,6 +208,7 @@ async fn written(store: &dyn Store) {
     assert_eq!(store.shipment_refusals(UPLOAD, 0, 9).await.unwrap(), [refusal(7), refusal(8)]);
     assert_eq!(store.campaign_chunk(campaign(), 0).await.unwrap().unwrap(), title(1).octets());
     assert_eq!(store.task_page(campaign(), TaskFilter::All, None, 9).await.unwrap().len(), 1);
+    assert_eq!(store.complete_work_orders(&["WO-1", "WO-2", "WO-3"].map(work_order)).await.unwrap(), 1);
     assert!(store.pin_failure("north", 1).await.unwrap().is_none());
     assert!(store.pin_failure("north", 0).await.unwrap().is_some());
     assert_eq!(store.purge_requests(UnixMillis(100), 9).await.unwrap(), 1);
@@ -231,9 +239,25 @@ fn rows(version: usize) -> String {
     })
 }
 
-/// Those that there were: the kinds from 8 on came later.
+/// Those that there were: the kinds from 8 on came later, and work orders after these.
 fn sealed_kinds(version: usize) -> Vec<RowKind> {
-    RowKind::ALL.into_iter().filter(|kind| version > 1 || kind.number() < 8).collect()
+    let since = |kind: RowKind| match kind {
+        RowKind::WorkOrder => 4,
+        kind if kind.number() >= 8 => 2,
+        _ => 1,
+    };
+    RowKind::ALL.into_iter().filter(|kind| version >= since(*kind)).collect()
+}
+
+fn work_order(id: &str) -> WorkOrderColumns {
+    WorkOrderColumns {
+        id: WorkOrderId::parse(id).unwrap(),
+        maker: principal("hes"),
+        technician: "bo".into(),
+        end: WorkOrderEnding::Completed,
+        from: UnixMillis(1_000),
+        until: UnixMillis(2_000),
+    }
 }
 
 fn writer() -> WriterId {

@@ -21,13 +21,14 @@ use std::{
 use common::*;
 use kms_domain::{
     CampaignId, GrantId, KeyType, KeyVersionNumber, Owner, SecuritySetupId, Task, TaskState, TaskStep, TaskWork,
-    UnixMillis,
+    UnixMillis, WorkOrder, WorkOrderId, WorkOrderState,
 };
 use kms_store::{
     Assigned, AuditFilter, AuditReference, Changes, Committed, DatabaseLocation, Decision, FingerprintOwner,
     FingerprintPrefix, FingerprintPut, GrantFilter, GrantRevocation, GrantRow, Lookup, MeterFilter, MeterPut,
     PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow,
-    ShipmentState, Store, StoreError, TaskFilter, TaskKey, TaskRow, UploadId,
+    ShipmentState, Store, StoreError, TaskFilter, TaskKey, TaskRow, UploadId, WorkOrderColumns, WorkOrderEnding,
+    WorkOrderFilter,
 };
 use kms_store_testing::{Damage, Obstruction, damage};
 
@@ -70,6 +71,8 @@ on_both!(
     tasks_are_found_when_they_are_due,
     plans_are_kept_in_chunks,
     campaigns_are_looked_at_together_and_written_alone,
+    work_orders_are_found_by_their_columns,
+    work_orders_are_counted_before_one_is_added,
 );
 
 async fn what_was_written_is_read(f: Fixture) {
@@ -925,4 +928,131 @@ async fn campaigns_are_looked_at_together_and_written_alone(f: Fixture) {
         );
         assert_eq!(f.store.meters(&[title(number.into())]).await.unwrap()[0].row.generation, 81);
     }
+}
+
+fn order(id: &str, technician: &str, from: i64, until: i64) -> WorkOrderColumns {
+    WorkOrderColumns {
+        id: WorkOrderId::parse(id).unwrap(),
+        maker: principal("wfm"),
+        technician: technician.into(),
+        end: WorkOrderEnding::None,
+        from: UnixMillis(from),
+        until: UnixMillis(until),
+    }
+}
+
+/// The orders with their sealed rows, in this generation.
+fn orders(columns: &[WorkOrderColumns], generation: u64) -> Changes {
+    let sealed = columns.iter().map(|order| SealedPut {
+        kind: RowKind::WorkOrder,
+        id: order.id.as_str().as_bytes().to_vec(),
+        row: row(generation, order.id.as_str()),
+    });
+    Changes { sealed: sealed.collect(), work_orders: columns.to_vec(), ..Changes::default() }
+}
+
+async fn work_orders_are_found_by_their_columns(f: Fixture) {
+    let now = 2 * WorkOrder::LONGEST_MS;
+    let hour = 3_600_000;
+    let completed = WorkOrderColumns { end: WorkOrderEnding::Completed, ..order("c", "ida", now - 9, now + hour) };
+    let others = WorkOrderColumns { maker: principal("other"), ..order("odd '\u{1F600}", "bo", now - 2, now + hour) };
+    let all = [
+        order("expired", "ida", now - 2 * hour, now),
+        completed.clone(),
+        order("a", "ida", now - 2, now + hour),
+        order("b", "bo", now - 2, now + hour),
+        others.clone(),
+        order("planned", "ida", now + 1, now + hour),
+        // It has the longest time that an order can have.
+        order("long", "bo", now - WorkOrder::LONGEST_MS + 1, now + 1),
+    ];
+    write(&*f.store, orders(&all, 1)).await.unwrap();
+    let found = async |filter: WorkOrderFilter| {
+        let page = f.store.work_order_page(&filter, None, 9).await.unwrap();
+        let ids = page.into_iter().map(|order| {
+            assert_eq!(order.id.as_str().as_bytes(), order.row.body);
+            order.id.to_string()
+        });
+        ids.collect::<Vec<_>>()
+    };
+    let any = WorkOrderFilter::default;
+    assert_eq!(found(any()).await, ["long", "expired", "c", "a", "b", "odd '\u{1F600}", "planned"]);
+    assert_eq!(
+        found(WorkOrderFilter { technician: Some("ida".into()), ..any() }).await,
+        ["expired", "c", "a", "planned"]
+    );
+    assert_eq!(found(WorkOrderFilter { maker: Some(principal("other")), ..any() }).await, ["odd '\u{1F600}"]);
+    assert!(found(WorkOrderFilter { maker: Some(principal("nobody")), ..any() }).await.is_empty());
+    for (state, expected) in [
+        (WorkOrderState::Planned, &["planned"][..]),
+        (WorkOrderState::Open, &["long", "a", "b", "odd '\u{1F600}"]),
+        (WorkOrderState::Expired, &["expired"]),
+        (WorkOrderState::Completed, &["c"]),
+        (WorkOrderState::Cancelled, &[]),
+    ] {
+        assert_eq!(found(WorkOrderFilter { state: Some((state, UnixMillis(now))), ..any() }).await, expected);
+    }
+    let between =
+        WorkOrderFilter { ends_after: Some(UnixMillis(now)), begins_before: Some(UnixMillis(now - 2)), ..any() };
+    assert_eq!(found(between).await, ["long", "c"]);
+
+    // Pages follow each other.
+    let (mut after, mut walked) = (None, Vec::new());
+    loop {
+        let page = f.store.work_order_page(&any(), after.take(), 2).await.unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some((last.from, last.id.clone()));
+        walked.extend(page.into_iter().map(|order| order.id.to_string()));
+    }
+    assert_eq!(walked, found(any()).await);
+
+    // A new generation writes new columns; lost ones are added.
+    let cancelled = WorkOrderColumns { end: WorkOrderEnding::Cancelled, technician: "bo".into(), ..all[2].clone() };
+    write(&*f.store, orders(&[cancelled], 2)).await.unwrap();
+    let state = Some((WorkOrderState::Cancelled, UnixMillis(now)));
+    assert_eq!(found(WorkOrderFilter { state, technician: Some("bo".into()), ..any() }).await, ["a"]);
+    assert_eq!(f.store.complete_work_orders(&all).await.unwrap(), 0);
+    let lost = order("lost", "ida", now, now + 1);
+    let sealed = Changes { work_orders: Vec::new(), ..orders(std::slice::from_ref(&lost), 1) };
+    write(&*f.store, sealed).await.unwrap();
+    assert_eq!(f.store.complete_work_orders(&[all[0].clone(), lost.clone()]).await.unwrap(), 1);
+    assert_eq!(f.store.complete_work_orders(&[lost]).await.unwrap(), 0);
+    assert_eq!(found(any()).await.len(), 8);
+}
+
+async fn work_orders_are_counted_before_one_is_added(f: Fixture) {
+    let now = f.store.now().await.unwrap().0;
+    let live = |id: &str| order(id, "ida", now - 1_000, now + 3_600_000);
+    let expired = order("expired", "ida", now - 1_000, now - 500);
+    let ended = WorkOrderColumns { end: WorkOrderEnding::Cancelled, ..live("ended") };
+    write(&*f.store, orders(&[live("1"), expired, ended], 1)).await.unwrap();
+    let several = matches!(f.config.database, DatabaseLocation::Postgres(_));
+    let other = if several { kms_store::open(&f.config).await.unwrap() } else { Arc::clone(&f.store) };
+    // Ten at a time on two servers, and a bound of six.
+    let mut tasks = tokio::task::JoinSet::new();
+    for number in 0..10 {
+        let store = Arc::clone(if number % 2 == 0 { &f.store } else { &other });
+        let new = live(&format!("new-{number}"));
+        tasks.spawn(async move {
+            let reads = Reads {
+                work_orders_of: vec![principal("wfm"), principal("nobody")],
+                sealed: vec![(RowKind::WorkOrder, new.id.as_str().as_bytes().to_vec())],
+                ..Reads::default()
+            };
+            let mut decide = |set: &kms_store::ReadSet| {
+                assert_eq!(set.work_orders_of(&principal("nobody")), Some(0));
+                assert_eq!(set.work_orders_of(&principal("unread")), None);
+                match set.work_orders_of(&principal("wfm")).unwrap() {
+                    6.. => Decision::Abandon,
+                    _ => Decision::Commit(Box::new(orders(std::slice::from_ref(&new), 1))),
+                }
+            };
+            store.transact(reads, &mut decide).await.unwrap()
+        });
+    }
+    let mut written = 0;
+    while let Some(done) = tasks.join_next().await {
+        written += usize::from(done.unwrap() == Committed::Written);
+    }
+    assert_eq!(written, 5);
 }

@@ -286,6 +286,7 @@ const fn role_number(role: Role) -> u32 {
         Role::Auditor => 2,
         Role::Handheld => 3,
         Role::Manufacturer => 4,
+        Role::ServiceAccount => 5,
     }
 }
 

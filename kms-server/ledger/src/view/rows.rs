@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kms_domain::{
     Campaign, CampaignId, CounterDomain, CounterDomainId, DeviceType, DeviceTypeId, Exposure, Group, GroupId, Island,
     IslandName, Meter, Owner, Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RootId, RootRotation, RowId,
-    Slot, Slots, SystemTitle,
+    Slot, Slots, SystemTitle, WorkOrder, WorkOrderId,
 };
 
 use super::{View, not_read};
@@ -217,6 +217,42 @@ impl View<'_, '_> {
     /// See [`Self::principal`].
     pub fn put_root_rotation(&mut self, rotation: RootRotation) -> Result<(), ServiceError> {
         self.put(Arc::new(rotation))
+    }
+
+    /// A work order.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn work_order(&mut self, id: &WorkOrderId) -> Result<Option<Arc<WorkOrder>>, ServiceError> {
+        self.get(id.clone())
+    }
+
+    /// Writes a work order, with its search columns.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_work_order(&mut self, order: WorkOrder) -> Result<(), ServiceError> {
+        self.put(Arc::new(order))
+    }
+
+    /// How many planned and open work orders this principal has made, with those that this
+    /// transaction adds. Orders that it ends still count.
+    ///
+    /// # Errors
+    /// The number was not read yet.
+    pub fn work_orders_of(&mut self, maker: &PrincipalId) -> Result<u64, ServiceError> {
+        let Some(stored) = self.draft.read.work_orders_of(maker) else {
+            self.draft.missing.work_orders_of.push(maker.clone());
+            return Err(not_read());
+        };
+        // An order that this act has changed stands in both maps.
+        let staged = &self.staged.rows;
+        let before = self.draft.rows.iter().filter(|(id, _)| !staged.contains_key(*id));
+        let added = before.chain(staged).filter(|(_, opened)| {
+            opened.generation.is_none()
+                && matches!(&opened.value, Some(Value::WorkOrder(order)) if order.maker == *maker)
+        });
+        Ok(stored.saturating_add(added.count() as u64))
     }
 
     /// Writes a row unchanged, so that it gets the seal of the current seal key. False: there is no

@@ -452,4 +452,43 @@ island_tests! {
             }
         }
     }
+
+    /// Officers add and renew it as they do machines; and whatever policies permit, it has nothing
+    /// that keys need.
+    async fn a_service_account_is_a_machine_without_keys(t) {
+        let scene = Scene::new(t).await;
+        let id = scene.id(Role::ServiceAccount, "wfm");
+        let new = |titles: Vec<SystemTitle>| NewPrincipal {
+            request: request_id(),
+            id: id.clone(),
+            certification: Some(certification(&key())),
+            person: None,
+            client_titles: titles,
+            shipment_key: None,
+        };
+        let title = SystemTitle::parse("4D4D4D0000000055").unwrap();
+        assert!(text(scene.principals().add(&scene.ada, new(vec![title])).await).contains("gets no keys"));
+        let issued = scene.principals().add(&scene.ada, new(Vec::new())).await.unwrap();
+        let account = caller(&id, &issued);
+        scene.renew(&scene.ada, &id, &key()).await.unwrap();
+        let transport = async || {
+            scene.principals().register_transport_key(&account, request_id(), &certification(&key())).await
+        };
+        assert_eq!(code(transport().await), PERMISSION_DENIED);
+        scene.permit_everything();
+        assert_eq!(code(transport().await), INVALID_ARGUMENT);
+        assert!(scene.row(&id).await.transport.is_none());
+        scene.principals().disable(&scene.ada, request_id(), id.clone(), "stolen".to_owned()).await.unwrap();
+        assert_eq!(code(scene.principals().who_am_i(&account).await), UNAUTHENTICATED);
+    }
+
+    /// I6: the person of a handheld is its technician, and is nobody where people are counted.
+    async fn i6_a_technician_is_no_person(t) {
+        let scene = Scene::new(t).await;
+        let handheld = scene.t.member(Role::Handheld, "hh-1", Some("Ida Berg"), 60).await;
+        scene.permit_everything();
+        let cy = scene.add_officer(&scene.ada, "cy", "Cy", &key()).await.unwrap();
+        let proposal = scene.propose_key(&handheld, &cy.principal, &key()).await;
+        assert_eq!(code(proposal), PERMISSION_DENIED);
+    }
 }

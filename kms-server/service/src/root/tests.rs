@@ -2,8 +2,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use kms_client::sample::SampleShipment;
 use kms_domain::{
-    FlagId, KeyMaterial, KeyOrigin, KeyType, RequestId, RowId, RowSeal, SecuritySetupId, SystemTitle, UnixMillis,
-    WriterId,
+    FlagId, KeyMaterial, KeyOrigin, KeyType, PersonName, Place, RequestId, RowId, RowSeal, SecuritySetupId,
+    SystemTitle, UnixMillis, WorkOrderContent, WorkOrderId, WorkOrderTask, WriterId,
 };
 use kms_hsm::RootVersion;
 use kms_proto::v1::AuditRecord;
@@ -18,6 +18,7 @@ use crate::{
     keys::token::root_version,
     meter::{Enrolment, MeterService, NewMeter},
     scrub::Scrubber,
+    work_order::{NewWorkOrder, WorkOrderService},
 };
 use kms_ledger::{AuditKey, AuditLeaf};
 
@@ -32,6 +33,15 @@ const DIVERSIFICATION: RootPurpose = RootPurpose::Diversification(KeyClass::Sess
 
 fn request() -> Request {
     Request { id: RequestId::from_octets(uuid::Uuid::now_v7().as_bytes()).unwrap(), digest: [1; 32] }
+}
+
+/// A work order at a meter.
+fn order() -> NewWorkOrder {
+    let now = IslandContext::now();
+    let (technician, tasks) = (PersonName::parse("Ida").unwrap(), [WorkOrderTask::Read].into_iter().collect());
+    let time = (now, now.after(3_600_000));
+    let content = WorkOrderContent::new(technician, vec![meter(1)], tasks, time, Place::default()).unwrap();
+    NewWorkOrder { id: WorkOrderId::parse("WO-1").unwrap(), content }
 }
 
 fn rotate() -> RotationChange {
@@ -406,6 +416,8 @@ island_tests! {
     async fn rows_get_the_seal_of_the_new_version_and_the_old_one_is_refused_afterwards(island) {
         let mut island = island;
         island.deliver(&sample("generic-suite0", 30)).await;
+        let orders = WorkOrderService::new(island.island.clone());
+        orders.create(&island.officer, request(), vec![order()]).await.unwrap();
         let id = island.add_root(RootPurpose::Seal).await;
         let old = island.row_of(1).await;
         let late = service(&island.another_server().await);
@@ -417,6 +429,11 @@ island_tests! {
         let counts = roots.count(|_| true).await.unwrap();
         assert_eq!((counts.of(RootId { purpose: RootPurpose::Seal, version: 1 }), counts.of(id)), (0, counts.rows));
         assert_eq!(RowSeal::from_octets(&island.row_of(1).await.seal).unwrap().key_version(), 2);
+        let sealed = island.island.store.sealed(RowKind::WorkOrder, b"WO-1").await.unwrap().unwrap();
+        assert_eq!((RowSeal::from_octets(&sealed.seal).unwrap().key_version(), sealed.generation), (2, 2));
+        let orders = WorkOrderService::new(island.island.clone());
+        let page = orders.list(&island.officer, crate::work_order::Query::default(), None, 9).await.unwrap();
+        assert_eq!(page.orders.iter().map(|order| order.revision).collect::<Vec<_>>(), [1], "what is ordered is the same");
         // A server that has not looked yet refuses what it cannot check, and goes on as soon as it
         // has looked.
         assert!(late.island.meter(meter(1)).await.is_err());

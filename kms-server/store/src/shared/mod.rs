@@ -65,12 +65,13 @@ mod spool;
 mod swap;
 mod task;
 mod transact;
+mod work_orders;
 mod write;
 
 use std::future::Future;
 
 use async_trait::async_trait;
-use kms_domain::{CampaignId, GrantId, PrincipalId, SystemTitle, TaskState, UnixMillis, WriterId};
+use kms_domain::{CampaignId, GrantId, PrincipalId, SystemTitle, TaskState, UnixMillis, WorkOrderId, WriterId};
 use sqlx::{Connection as _, Row as _};
 
 use super::{BEGIN, CONCURRENT, Connection, Database, Engine, MIGRATION_LOCK, Row, keys, lock_stripes};
@@ -78,7 +79,7 @@ use crate::{
     AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, FingerprintOwner,
     FingerprintPrefix, GrantFilter, GrantRow, MeterFilter, MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow,
     ServerRow, ShipmentRefusal, ShipmentRow, Sizes, Store, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTally,
-    Timeline, UploadId,
+    Timeline, UploadId, WorkOrderColumns, WorkOrderFilter, WorkOrderRow,
     schema::{self, Migration},
 };
 
@@ -308,6 +309,19 @@ impl Store for Engine {
         limit: u32,
     ) -> Result<u64, StoreError> {
         self.within(task::delete(self, campaign, before_wave, state, limit)).await
+    }
+
+    async fn work_order_page(
+        &self,
+        filter: &WorkOrderFilter,
+        after: Option<(UnixMillis, WorkOrderId)>,
+        limit: u32,
+    ) -> Result<Vec<WorkOrderRow>, StoreError> {
+        self.within(work_orders::page(&self.readers, filter, after, limit)).await
+    }
+
+    async fn complete_work_orders(&self, orders: &[WorkOrderColumns]) -> Result<u64, StoreError> {
+        self.within(work_orders::complete(self, orders)).await
     }
 
     async fn pin_failure(&self, token: &str, user_type: u8) -> Result<Option<PinFailure>, StoreError> {

@@ -178,7 +178,8 @@ fn terms_of(changes: &Changes) -> impl Iterator<Item = (TermKind, Cow<'_, str>)>
         let head_end = row.head_end.as_deref().map(|text| (TermKind::HeadEnd, Cow::from(text)));
         [Some((TermKind::Vendor, Cow::from(row.vendor.as_str()))), head_end].into_iter().flatten()
     });
-    meters.chain(requests).chain(grants).chain(tasks)
+    let makers = changes.work_orders.iter().map(|row| (TermKind::Principal, Cow::from(row.maker.to_string())));
+    meters.chain(requests).chain(grants).chain(tasks).chain(makers)
 }
 
 const INSERT_TERMS: &str = concat!(

@@ -4,7 +4,7 @@
 use futures::TryStreamExt;
 use sqlx::Row as _;
 
-use super::{CONCURRENT, Connection, Database, decode, keys, lock_stripes};
+use super::{CONCURRENT, Connection, Database, decode, keys, lock_stripes, work_orders};
 use crate::{
     ReadSet, Reads, RowKind, StoreError,
     batch::RowBatch,
@@ -21,6 +21,9 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
         lock_stripes(connection, &[SPOOL]).await?;
     }
     if CONCURRENT {
+        // Two servers that add a work order of one principal each count the other's order.
+        let makers = reads.work_orders_of.iter().map(|maker| WORK_ORDERS + stripe(maker.to_string().as_bytes()));
+        lock_stripes(connection, &stripes(makers)).await?;
         // I4: two servers that import the same key value at the same time must see each other's
         // rows.
         lock_stripes(connection, &stripes(reads.fingerprints.iter().map(|prefix| FINGERPRINTS + stripe(&prefix.0))))
@@ -46,6 +49,7 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
                 .collect::<Result<_, _>>()?,
         );
     }
+    work_orders::count_of_makers(connection, &reads.work_orders_of, set).await?;
     if reads.clock {
         set.clock = Some(decode::millis(&sqlx::query::<Database>(CLOCK).fetch_one(&mut *connection).await?, 0)?);
     }
@@ -271,6 +275,7 @@ const METERS: i32 = 0;
 const SEALED: i32 = 64;
 const FINGERPRINTS: i32 = 128;
 const SPOOL: i32 = 192;
+const WORK_ORDERS: i32 = 193;
 
 const METER_ROWS: &str = concat!(
     "SELECT m.title, m.generation, m.seal, m.body FROM ",

@@ -6,7 +6,7 @@ use super::{
     names::{Names, Numbers, TermKind},
     read, spool,
     swap::{Stopped, Table, count, put},
-    task,
+    task, work_orders,
 };
 use kms_domain::SystemTitle;
 
@@ -25,6 +25,7 @@ pub(super) async fn apply(connection: &mut Connection, names: &Names, changes: &
     }
     meters(connection, changes, &numbers).await?;
     sealed(connection, changes).await?;
+    work_orders::write(connection, &changes.work_orders, &numbers).await?;
     fingerprints(connection, changes).await?;
     spool::write(connection, changes).await?;
     task::write(connection, changes, &numbers).await?;

@@ -1,0 +1,175 @@
+//! Makes work orders: each as a whole or not at all.
+
+use async_recursion::async_recursion as boxed;
+use std::sync::Arc;
+
+use kms_domain::{PrincipalId, WorkOrder};
+use kms_proto::v1::{
+    self, WorkOrderCreated, WorkOrderOutcome as Outcome, WorkOrderProblemCode as Code, audit_record::Event,
+};
+use kms_store::Reads;
+
+use super::{
+    NewWorkOrder, Request, WorkOrderService,
+    judge::{bound_orders, problem, refused_meters},
+    message::recorded,
+};
+use kms_authz::Caller;
+use kms_base::{bounds::Limits, error::ServiceError};
+use kms_ledger::{Act, Asker, Decision, Permit, Remembered, View, work_order_row};
+
+impl WorkOrderService {
+    /// Makes orders. The results are in the order of the request.
+    ///
+    /// # Errors
+    /// Unknown caller, a request id that was used for another request, or the database cannot be
+    /// reached. What is wrong with single orders is in the answer.
+    #[boxed]
+    pub async fn create(
+        &self,
+        caller: &Caller,
+        request: Request,
+        orders: Vec<NewWorkOrder>,
+    ) -> Result<v1::CreateWorkOrdersResponse, ServiceError> {
+        let mut response = v1::CreateWorkOrdersResponse::default();
+        for (index, orders) in (0..).zip(chunks(orders)) {
+            let (limits, maker) = (Arc::clone(&self.island.limits), caller.principal.clone());
+            let act = CreateOrders { orders, limits, maker };
+            let chunk = self.island.door.act(caller, request.chunk(index), act).await?.value;
+            response.results.extend(chunk.results);
+        }
+        Ok(response)
+    }
+}
+
+/// Divides orders into transactions. The same request is always divided alike.
+fn chunks(orders: Vec<NewWorkOrder>) -> Vec<Vec<NewWorkOrder>> {
+    let mut chunks: Vec<Vec<NewWorkOrder>> = Vec::new();
+    let mut meters = 0;
+    for order in orders {
+        let more = order.content.meters().len();
+        match chunks.last_mut() {
+            Some(chunk) if chunk.len() < CHUNK_ORDERS && meters + more <= CHUNK_METERS => {
+                meters += more;
+                chunk.push(order);
+            }
+            _ => {
+                meters = more;
+                chunks.push(vec![order]);
+            }
+        }
+    }
+    chunks
+}
+
+/// Some orders of a request, as one act.
+struct CreateOrders {
+    orders: Vec<NewWorkOrder>,
+    limits: Arc<Limits>,
+    maker: PrincipalId,
+}
+
+impl Act for CreateOrders {
+    type Answer = v1::CreateWorkOrdersResponse;
+    type Past = Remembered<v1::CreateWorkOrdersResponse>;
+
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn reads(&self) -> Reads {
+        Reads {
+            meters: self.orders.iter().flat_map(|order| order.content.meters()).copied().collect(),
+            sealed: self.orders.iter().map(|order| work_order_row(&order.id)).collect(),
+            work_orders_of: vec![self.maker.clone()],
+            ..Reads::default()
+        }
+    }
+
+    fn permit(&self, asker: Asker, _: &mut View<'_, '_>) -> Result<Permit, ServiceError> {
+        Ok(asker.each())
+    }
+
+    fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Self::Answer>, ServiceError> {
+        let mut results = Vec::with_capacity(self.orders.len());
+        for order in &self.orders {
+            let (outcome, problems) = match create(view, permit, &self.limits, order)? {
+                Ok(outcome) => (outcome, Vec::new()),
+                Err(problems) => (Outcome::Refused, problems),
+            };
+            let work_order_id = order.id.to_string();
+            results.push(v1::WorkOrderResult { work_order_id, outcome: outcome.into(), problems });
+        }
+        Ok(Decision::of(view.entry(), v1::CreateWorkOrdersResponse { results }))
+    }
+
+    /// I8: a caller that has lost the permission does not get the answer again. Orders that the
+    /// answer refuses are not checked, because it says nothing of them.
+    fn again(
+        &self,
+        Remembered(response): Self::Past,
+        permit: &Permit,
+        view: &mut View<'_, '_>,
+    ) -> Result<Self::Answer, ServiceError> {
+        for (order, _) in
+            self.orders.iter().zip(&response.results).filter(|(_, result)| result.outcome() != Outcome::Refused)
+        {
+            let refused = refused_meters(view, permit, &order.content, order.content.meters());
+            if !refused.is_empty() {
+                return Err(ServiceError::denied(NAME));
+            }
+        }
+        Ok(response)
+    }
+}
+
+/// Makes one order, or says why not. An order that is refused stages nothing.
+fn create(
+    view: &mut View<'_, '_>,
+    permit: &Permit,
+    limits: &Limits,
+    new: &NewWorkOrder,
+) -> Result<Result<Outcome, Vec<v1::WorkOrderProblem>>, ServiceError> {
+    let refused = refused_meters(view, permit, &new.content, &[]);
+    if !refused.is_empty() {
+        let problems = refused.into_iter().take(MOST_PROBLEMS).map(|(meter, code)| problem(meter, code));
+        return Ok(Err(problems.collect()));
+    }
+    let maker = &permit.principal().id;
+    match view.work_order(&new.id) {
+        Ok(None) => {}
+        Ok(Some(known)) if known.maker == *maker && known.end.is_none() && known.content == new.content => {
+            return Ok(Ok(Outcome::Unchanged));
+        }
+        // An error means that the row does not verify (I5), or that it is read for the next
+        // attempt. Its id is in use all the same.
+        Ok(Some(_)) | Err(_) => return Ok(Err(of_order(Code::IdInUse, "a work order of this id exists".to_owned()))),
+    }
+    let order = match WorkOrder::new(new.id.clone(), maker.clone(), new.content.clone(), view.now()) {
+        Ok(order) => order,
+        Err(error) => return Ok(Err(of_order(Code::Time, error.to_string()))),
+    };
+    match bound_orders(view, maker, limits) {
+        Ok(()) => {}
+        Err(ServiceError::ResourceExhausted { reason, .. }) => return Ok(Err(of_order(Code::Exhausted, reason))),
+        Err(error) => return Err(error),
+    }
+    view.append(Event::WorkOrderCreated(WorkOrderCreated {
+        work_order_id: order.id.to_string(),
+        work: Some(recorded(&order.content)),
+    }));
+    view.put_work_order(order)?;
+    Ok(Ok(Outcome::Created))
+}
+
+/// The problem of an order as a whole.
+fn of_order(code: Code, reason: String) -> Vec<v1::WorkOrderProblem> {
+    vec![v1::WorkOrderProblem { meter: bytes::Bytes::new(), reason, code: code.into() }]
+}
+
+const NAME: &str = "createWorkOrder";
+/// Orders and meters of one transaction. An order with more meters has a transaction of its own.
+const CHUNK_ORDERS: usize = 100;
+const CHUNK_METERS: usize = 500;
+/// Problems that the result of one order names at most.
+const MOST_PROBLEMS: usize = 100;
