@@ -3,6 +3,7 @@
 pub(crate) mod audit;
 pub(crate) mod campaign;
 pub(crate) mod device_type;
+pub(crate) mod exposure;
 pub(crate) mod grant;
 pub(crate) mod group;
 pub(crate) mod hsm;
@@ -21,10 +22,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use self::{
-    audit::AuditCommand, campaign::CampaignCommand, device_type::DeviceTypeCommand, grant::GrantCommand,
-    group::GroupCommand, hsm::HsmCommand, meter::MeterCommand, principal::PrincipalCommand, proposal::ProposalCommand,
-    roots::RootsCommand, session::SessionCommand, shipment::ShipmentCommand, values::profile_name,
-    work_order::WorkOrderCommand,
+    audit::AuditCommand, campaign::CampaignCommand, device_type::DeviceTypeCommand, exposure::ExposureCommand,
+    grant::GrantCommand, group::GroupCommand, hsm::HsmCommand, meter::MeterCommand, principal::PrincipalCommand,
+    proposal::ProposalCommand, roots::RootsCommand, session::SessionCommand, shipment::ShipmentCommand,
+    values::profile_name, work_order::WorkOrderCommand,
 };
 use crate::output::Format;
 
@@ -88,6 +89,9 @@ pub(crate) enum Command {
     /// Grants: who was issued which keys
     #[command(subcommand)]
     Grant(GrantCommand),
+    /// Exposures: who could know which keys
+    #[command(subcommand)]
+    Exposure(ExposureCommand),
     /// The audit log
     #[command(subcommand)]
     Audit(AuditCommand),

@@ -54,6 +54,7 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::Proposal(command) => commands::proposal::run(command, &context).await,
         Command::Roots(command) => commands::roots::run(command, &context).await,
         Command::Grant(command) => commands::grant::run(command, &context).await,
+        Command::Exposure(command) => commands::exposure::run(command, &context).await,
         Command::Audit(command) => commands::audit::run(command, &context).await,
         Command::Hsm(command) => commands::hsm::run(command, &context).await,
         Command::Completions { shell } => {

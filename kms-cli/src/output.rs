@@ -132,7 +132,7 @@ impl Rows {
         let mut table = Table::new();
         let style = TableStyle::new().header_separator(comfy_table::LineStyle::none().fill('-').junction(' '));
         table.load_style(style).set_content_arrangement(ContentArrangement::Dynamic);
-        let emphasis = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        let emphasis = is_emphasised();
         let headings = columns.iter().filter_map(|column| self.headings.get(*column));
         table.set_header(headings.map(|heading| {
             if emphasis { Cell::new(heading).add_attribute(Attribute::Bold) } else { Cell::new(heading) }
@@ -154,6 +154,71 @@ impl Rows {
     fn is_left_out(&self, column: usize) -> bool {
         self.sentences.contains(&column) && self.rows.iter().all(|row| row.get(column).is_none_or(String::is_empty))
     }
+}
+
+/// A table whose rows are shown while they come. A column is as wide as its widest cell so far:
+/// rows that come later and are wider move the columns behind them.
+pub(crate) struct StreamedRows {
+    headings: &'static [&'static str],
+    widths: Vec<usize>,
+    begun: bool,
+}
+
+impl StreamedRows {
+    pub(crate) fn new(headings: &'static [&'static str]) -> Self {
+        Self { headings, widths: headings.iter().map(|heading| heading.len()).collect(), begun: false }
+    }
+
+    /// Whether no row was shown.
+    pub(crate) const fn is_empty(&self) -> bool {
+        !self.begun
+    }
+
+    /// Shows more rows; the headings with the first.
+    pub(crate) fn show(&mut self, rows: Vec<Vec<String>>) {
+        let text = self.text(&rows);
+        let _ = std::io::stdout().write_all(text.as_bytes());
+    }
+
+    fn text(&mut self, rows: &[Vec<String>]) -> String {
+        if rows.is_empty() {
+            return String::new();
+        }
+        for row in rows {
+            for (width, cell) in self.widths.iter_mut().zip(row) {
+                *width = (*width).max(cell.chars().count());
+            }
+        }
+        let mut text = String::new();
+        if !self.begun {
+            self.begun = true;
+            let headings: Vec<String> = self.headings.iter().map(|heading| (*heading).to_owned()).collect();
+            let line = self.line(&headings);
+            text.push_str(&if is_emphasised() { format!("\u{1b}[1m{line}\u{1b}[0m\n") } else { format!("{line}\n") });
+            let last = self.headings.len().saturating_sub(1);
+            let rules = self.widths.iter().enumerate().map(|(at, width)| {
+                // The last column has no end that could be seen.
+                let rule = if at == last { (*width).min(LONGEST_RULE) } else { *width };
+                "-".repeat(rule)
+            });
+            text.push_str(&format!("{}\n", rules.collect::<Vec<_>>().join("  ")));
+        }
+        for row in rows {
+            text.push_str(&self.line(row));
+            text.push('\n');
+        }
+        text
+    }
+
+    fn line(&self, cells: &[String]) -> String {
+        let padded = cells.iter().zip(&self.widths).map(|(cell, width)| format!("{cell:width$}"));
+        padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    }
+}
+
+/// Whether headings are bold.
+fn is_emphasised() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
 /// Words in lines of at most `width` characters, indented; a longer word has a line of its own.
@@ -259,12 +324,25 @@ const GAP: usize = 2;
 /// Fewer characters make no readable sentence.
 const NARROWEST_SENTENCE: usize = 24;
 const INDENT: &str = "    ";
+/// Below the heading of the last column.
+const LONGEST_RULE: usize = 40;
 /// Headings and the line below them.
 const HEAD_LINES: usize = 2;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_that_come_later_stand_below_the_first() {
+        let row = |cells: [&str; 2]| cells.map(str::to_owned).to_vec();
+        let mut rows = StreamedRows::new(&["owner", "how"]);
+        assert_eq!(rows.text(&[]), "");
+        assert!(rows.is_empty());
+        assert_eq!(rows.text(&[row(["4B41", "grant"])]), "owner  how\n-----  -----\n4B41   grant\n");
+        assert_eq!(rows.text(&[row(["4B414D", ""])]), "4B414D\n");
+        assert_eq!(rows.text(&[row(["4B41", "grant"])]), "4B41    grant\n");
+    }
 
     #[test]
     fn an_end_that_is_near_is_told_in_days() {

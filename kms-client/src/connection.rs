@@ -5,13 +5,13 @@ use std::{error::Error, io, sync::Arc, time::Duration};
 use hyper_util::rt::TokioIo;
 use kms_proto::v1::{
     audit_service_client::AuditServiceClient, campaign_service_client::CampaignServiceClient,
-    device_type_service_client::DeviceTypeServiceClient, frame_service_client::FrameServiceClient,
-    grant_service_client::GrantServiceClient, group_service_client::GroupServiceClient,
-    hsm_service_client::HsmServiceClient, meter_service_client::MeterServiceClient,
-    principal_service_client::PrincipalServiceClient, proposal_service_client::ProposalServiceClient,
-    root_service_client::RootServiceClient, shipment_service_client::ShipmentServiceClient,
-    task_service_client::TaskServiceClient, transfer_service_client::TransferServiceClient,
-    work_order_service_client::WorkOrderServiceClient,
+    device_type_service_client::DeviceTypeServiceClient, exposure_service_client::ExposureServiceClient,
+    frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient,
+    group_service_client::GroupServiceClient, hsm_service_client::HsmServiceClient,
+    meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient,
+    proposal_service_client::ProposalServiceClient, root_service_client::RootServiceClient,
+    shipment_service_client::ShipmentServiceClient, task_service_client::TaskServiceClient,
+    transfer_service_client::TransferServiceClient, work_order_service_client::WorkOrderServiceClient,
 };
 use rustls::{
     ClientConfig, RootCertStore,
@@ -133,6 +133,11 @@ impl Connection {
     /// Principals and their certificates.
     pub fn principals(&self) -> PrincipalServiceClient<Channel> {
         PrincipalServiceClient::new(self.channel.clone())
+    }
+
+    /// Who could know which keys.
+    pub fn exposures(&self) -> ExposureServiceClient<Channel> {
+        ExposureServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
 
     /// The audit log.

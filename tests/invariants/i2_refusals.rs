@@ -215,6 +215,12 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
         work_orders.show_work_order(proto::ShowWorkOrderRequest { work_order_id: order() })
     );
     call!("ListWorkOrders", "listWorkOrders", work_orders.list_work_orders(proto::ListWorkOrdersRequest::default()));
+    let subject = proto::list_exposures_request::Subject::Principal(OFFICER.to_owned());
+    call!(
+        "ListExposures",
+        "listExposures",
+        exposures.list_exposures(proto::ListExposuresRequest { subject: Some(subject), ..Default::default() })
+    );
 
     call!("ListAuditRecords", "listAuditRecords", audit.list_audit_records(proto::ListAuditRecordsRequest::default()));
     call!("Scrub", "scrub", audit.scrub(proto::ScrubRequest {}));

@@ -1,7 +1,7 @@
 //! Values that arguments of several commands have, and what each must look like. A refusal says
 //! what is wrong; clap adds the argument and the value.
 
-use kms_client::{ParseError, PrincipalId, SystemTitle};
+use kms_client::{ParseError, PrincipalId, Role, SystemTitle};
 use kms_domain::Quorum;
 
 pub(super) fn system_title(text: &str) -> Result<SystemTitle, String> {
@@ -38,6 +38,19 @@ pub(super) fn party(text: &str) -> Result<String, ParseError> {
         Ok(text.to_owned())
     } else {
         PrincipalId::parse(text).map(|principal| principal.to_string())
+    }
+}
+
+/// The name of a handheld, or its URI.
+pub(super) fn handheld(text: &str) -> Result<String, String> {
+    if !text.contains(':') {
+        return group_name(text);
+    }
+    let principal = PrincipalId::parse(text).map_err(|error| error.to_string())?;
+    if principal.role() == Role::Handheld {
+        Ok(principal.to_string())
+    } else {
+        Err(format!("it is the URI of a {}: use --principal", principal.role().name()))
     }
 }
 

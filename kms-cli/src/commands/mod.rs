@@ -3,6 +3,7 @@
 pub(crate) mod audit;
 pub(crate) mod campaign;
 pub(crate) mod device_type;
+pub(crate) mod exposure;
 pub(crate) mod grant;
 pub(crate) mod group;
 pub(crate) mod group_rotation;

@@ -54,6 +54,59 @@ fn tables_and_json_show_meters() {
 }
 
 #[test]
+fn exposures_are_streamed_and_summed_up() {
+    let server = Server::start();
+    let output = server.kms(&["exposure", "show", "--handheld", "urn:meterkms:dev:handheld:hh-7"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let table = text(&output.stdout);
+    let lines: Vec<&str> = table.lines().collect();
+    assert_eq!(lines[0].split_whitespace().collect::<Vec<_>>(), ["owner", "key", "version", "since", "until", "how"]);
+    assert!(lines[2].starts_with(METER) && lines[2].ends_with("open   bundle"), "{table}");
+    assert!(lines[3].ends_with("its frames, from GUEK 1"), "{table}");
+    assert!(lines[4].starts_with("4B414D0000000002") && lines[4].contains(", may go back"), "{table}");
+    assert!(
+        table.contains("3 slots of 2 owners were open to urn:meterkms:dev:handheld:hh-7, 2 still are\n"),
+        "{table}"
+    );
+    assert!(table.contains("1 slot was replaced"), "{table}");
+
+    let some = text(
+        &server.kms(&["exposure", "show", "--principal", "urn:meterkms:dev:handheld:hh-7", "--limit", "1"]).stdout,
+    );
+    assert!(
+        some.contains("by the index, 3 slots of 2 owners") && some.contains("1 line shown; there are more"),
+        "{some}"
+    );
+    let open =
+        text(&server.kms(&["exposure", "show", "--principal", "urn:meterkms:dev:handheld:hh-7", "--open"]).stdout);
+    assert!(!open.contains("may go back"), "{open}");
+
+    let json = server.kms(&["exposure", "show", "--handheld", "urn:meterkms:dev:handheld:hh-7", "--output", "json"]);
+    let json: Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(json["keys"].as_array().unwrap().len(), 3);
+    assert_eq!(
+        (&json["keys"][1]["ways"][0]["through_version"], &json["totals"]["open"]),
+        (&Value::from(1), &Value::from(2))
+    );
+    assert_eq!((&json["shown"]["slots"], &json["complete"], &json["more"]), (&3.into(), &true.into(), &false.into()));
+
+    let meter = text(&server.kms(&["exposure", "show", "--meter", METER]).stdout);
+    assert!(meter.contains("known by") && meter.contains("vendor") && meter.contains("open to 2 parties"), "{meter}");
+    let nobody = server.kms(&["exposure", "show", "--group", "north"]);
+    assert_eq!((nobody.status.code(), text(&nobody.stdout).trim()), (Some(0), "no exposures"));
+    let empty = server.kms(&["exposure", "show", "--group", "north", "--output", "json"]);
+    assert_eq!(serde_json::from_slice::<Value>(&empty.stdout).unwrap()["keys"], Value::Array(Vec::new()));
+
+    // An answer that lacks something says so, with the exit code of a part.
+    let unreadable = server.kms(&["exposure", "show", "--vendor", "KAM"]);
+    assert_eq!(unreadable.status.code(), Some(5));
+    assert!(text(&unreadable.stdout).contains("4B414D0000000009: its row does not verify: the seal does not fit"));
+    let incomplete = server.kms(&["exposure", "show", "--anyone"]);
+    assert_eq!(incomplete.status.code(), Some(5));
+    assert!(text(&incomplete.stderr).contains("not indexed all rows"), "{}", text(&incomplete.stderr));
+}
+
+#[test]
 fn refusals_and_outages_have_their_exit_codes() {
     let server = Server::start();
     // The mock refuses every other meter, and is unavailable for retiring.
@@ -408,6 +461,7 @@ impl Server {
             .add_service(group_service_server::GroupServiceServer::new(mock.clone()))
             .add_service(device_type_service_server::DeviceTypeServiceServer::new(mock.clone()))
             .add_service(audit_service_server::AuditServiceServer::new(mock.clone()))
+            .add_service(exposure_service_server::ExposureServiceServer::new(mock.clone()))
             .add_service(campaign_service_server::CampaignServiceServer::new(mock.clone()))
             .add_service(work_order_service_server::WorkOrderServiceServer::new(OrderMock::default()))
             .add_service(grant_service_server::GrantServiceServer::new(mock));
@@ -844,6 +898,71 @@ impl hsm_service_server::HsmService for Mock {
 
     async fn inventory_hsm(&self, _: Request<InventoryHsmRequest>) -> Answer<InventoryHsmResponse> {
         nothing()
+    }
+}
+
+#[tonic::async_trait]
+impl exposure_service_server::ExposureService for Mock {
+    /// Two pages of a handheld; a meter that is known to two; for the rest an answer that lacks
+    /// something.
+    async fn list_exposures(&self, request: Request<ListExposuresRequest>) -> Answer<ListExposuresResponse> {
+        use list_exposures_request::Subject;
+        let request = request.into_inner();
+        let meter = |number: u8| Bytes::from([b"KAM\0\0\0\0".as_slice(), &[number]].concat());
+        let key = |number: u8, key_type: &str, reach: &str, way: ExposureWay| ExposedKey {
+            meter: meter(number),
+            security_setup: vec![0, 0, 43, 0, 0, 255].into(),
+            key_type: key_type.into(),
+            version: 1,
+            known_to: "urn:meterkms:dev:handheld:hh-7".into(),
+            since_ms: 1_795_165_200_000,
+            ways: vec![way],
+            reach: reach.into(),
+            until_ms: if reach == "open" { 0 } else { 1_795_251_600_000 },
+            meter_status: "in-service".into(),
+            ..Default::default()
+        };
+        let bundle = || ExposureWay { reason: "bundle".into(), ..Default::default() };
+        let frames = || ExposureWay {
+            reason: "frames-under-exposed-key".into(),
+            through_key_type: "GUEK".into(),
+            through_version: 1,
+            ..Default::default()
+        };
+        let answer = match (request.subject.unwrap(), request.page_token.as_ref()) {
+            (Subject::Principal(uri), []) if uri == "urn:meterkms:dev:handheld:hh-7" => ListExposuresResponse {
+                keys: vec![key(1, "GUEK", "open", bundle()), key(1, "GAK", "open", frames())],
+                next_page_token: vec![1].into(),
+                totals: Some(ExposureTotals { owners: 2, slots: 3, open: 2, equal_keys: 0 }),
+                complete: true,
+                ..Default::default()
+            },
+            (Subject::Principal(_), _) => ListExposuresResponse {
+                keys: vec![key(2, "GUEK", "replaced", bundle())],
+                complete: true,
+                ..Default::default()
+            },
+            (Subject::Meter(_), _) => ListExposuresResponse {
+                keys: vec![
+                    key(1, "GUEK", "open", bundle()),
+                    ExposedKey { known_to: "vendor".into(), ..key(1, "KEK", "closed", bundle()) },
+                ],
+                complete: true,
+                ..Default::default()
+            },
+            (Subject::Group(_), _) => ListExposuresResponse { complete: true, ..Default::default() },
+            (Subject::Anyone(_), _) => ListExposuresResponse::default(),
+            _ => ListExposuresResponse {
+                complete: true,
+                unreadable: vec![UnreadableOwner {
+                    meter: meter(9),
+                    reason: "the seal does not fit".into(),
+                    ..Default::default()
+                }],
+                ..Default::default()
+            },
+        };
+        Ok(Response::new(answer))
     }
 }
 

@@ -4,6 +4,7 @@
 mod audit;
 mod campaigns;
 mod doorway;
+mod exposures;
 mod frames;
 mod grants;
 mod hsm;
@@ -31,6 +32,7 @@ use std::sync::Arc;
 use kms_proto::v1::audit_service_server::AuditServiceServer;
 use kms_proto::v1::campaign_service_server::CampaignServiceServer;
 use kms_proto::v1::device_type_service_server::DeviceTypeServiceServer;
+use kms_proto::v1::exposure_service_server::ExposureServiceServer;
 use kms_proto::v1::frame_service_server::FrameServiceServer;
 use kms_proto::v1::grant_service_server::GrantServiceServer;
 use kms_proto::v1::group_service_server::GroupServiceServer;
@@ -88,6 +90,10 @@ pub fn routes(island: Arc<IslandContext>, authority: CertificateAuthority, limit
                 .max_decoding_message_size(most),
         )
         .add_service(RootServiceServer::new(roots::RootApi::new(Arc::clone(&island))).max_decoding_message_size(most))
+        .add_service(
+            ExposureServiceServer::new(exposures::ExposureApi::new(Arc::clone(&island)))
+                .max_decoding_message_size(most),
+        )
         .add_service(AuditServiceServer::new(audit::AuditApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(HsmServiceServer::new(hsm::HsmApi::new(island)).max_decoding_message_size(most))
         .prepare()

@@ -280,6 +280,8 @@ actions! {
         /// It is the caller's own.
         own: bool,
     }
+    /// Who could know which keys.
+    ListExposures = "listExposures" on Island
     /// Audit records.
     ListAuditRecords = "listAuditRecords" on Island
     /// The check of all rows against the log.

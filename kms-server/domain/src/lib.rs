@@ -18,6 +18,7 @@ mod id;
 mod island;
 mod key;
 mod key_type;
+mod known_key;
 mod meter;
 mod principal;
 mod profile;
@@ -63,6 +64,7 @@ pub use id::{
 pub use island::{ClassRoots, DiversificationRoot, Island, IslandKind};
 pub use key::{CounterPlace, Evidence, KeyMaterial, KeyOrigin, KeyState, KeyVersion, Transport, WrappedKey};
 pub use key_type::{KeyClass, KeyLength, KeyShape, KeyType, SecuritySuite};
+pub use known_key::{IndexedExposure, IndexedParty, KnownBy, KnownKey, Reach};
 pub use meter::{
     DeviceProfileName, DeviceType, KeyVersionId, Meter, MeterClass, MeterStatus, check_batch, check_serial,
 };

@@ -60,6 +60,8 @@ impl ServerAct {
     pub const FORGET_PLACES: Self = Self("forget-places");
     /// Members of a group have received a new version of its key.
     pub const FOLLOW_ROTATION: Self = Self("followRotation");
+    /// The index of exposures was not what the sealed rows say.
+    pub const INDEX_EXPOSURES: Self = Self("index-exposures");
     /// A version of a root is made, on the token's machine.
     pub const MAKE_ROOT: Self = Self("make-root");
     /// A campaign is paused, because its wave fails or its plan was changed.

@@ -38,7 +38,7 @@ use kms_base::metrics;
 #[derive(Clone)]
 pub struct Committer {
     queue: Arc<Sender>,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     /// The maintenance task, until [`Self::stop`] ends it.
     maintenance: Arc<Mutex<Option<JoinHandle<()>>>>,
 }

@@ -8,7 +8,8 @@
 //!   watch over the clock (`clock_watch`), the chains of other writers (`chain_ends`), and restored
 //!   mode (`history`, `watermark`).
 //! - [`View`] is what an act sees and changes (`view`, `staged`, `decision`): sealed rows
-//!   (`sealed`, `seen`, `owner_row`), counters (`chunks`), tasks and rows without a seal.
+//!   (`sealed`, `seen`, `owner_row`), the index of exposures that repeats them (`exposure_rows`,
+//!   `exposure_repair`), counters (`chunks`), tasks and rows without a seal.
 
 mod actor;
 mod chain;
@@ -19,6 +20,8 @@ mod committer;
 mod decision;
 mod door;
 mod draft;
+mod exposure_repair;
+mod exposure_rows;
 mod growth;
 mod history;
 mod maintenance;

@@ -94,6 +94,8 @@ pub(super) struct Opened {
     /// As in the database; `None`: absent.
     pub(super) generation: Option<Generation>,
     pub(super) value: Option<Value>,
+    /// The content as in the database: the index of exposures changes by the difference.
+    pub(super) original: Option<Value>,
     pub(super) changed: bool,
     /// The search columns of a meter are written too.
     pub(super) reprojected: bool,
@@ -117,7 +119,7 @@ pub(super) fn open_row(
         if known.is_some() {
             return Err(format!("the row of {id} was deleted"));
         }
-        return Ok(Opened { generation: None, value: None, changed: false, reprojected: false });
+        return Ok(Opened { generation: None, value: None, original: None, changed: false, reprojected: false });
     };
     let generation = i64::try_from(row.generation)
         .map_err(|_| "generation out of range".to_owned())
@@ -132,7 +134,13 @@ pub(super) fn open_row(
     if known != Some(generation.number()) {
         seen.note(id, generation.number());
     }
-    Ok(Opened { generation: Some(generation), value: Some(value), changed: false, reprojected: false })
+    Ok(Opened {
+        generation: Some(generation),
+        original: Some(value.clone()),
+        value: Some(value),
+        changed: false,
+        reprojected: false,
+    })
 }
 
 fn decode(id: &RowId, island: &IslandName, body: bytes::Bytes) -> Result<Value, String> {

@@ -12,6 +12,7 @@ use super::{
     chain::{AuditKeys, AuditLeaf, ChainHead},
     chunks::{ChunkName, HeldChunk},
     draft::TransactionDraft,
+    exposure_rows::changed_exposure_rows,
     growth::{Grown, Growth},
     queued::Queued,
     records::{append, refusal_of},
@@ -76,6 +77,9 @@ pub(super) fn finish(
     let mut written = Vec::new();
     let mut row_writes: HashMap<RowId, RowWrite> = HashMap::new();
     for (id, opened) in draft.rows.into_iter().filter(|(_, opened)| opened.changed) {
+        if let Some(value) = &opened.value {
+            changes.exposures.extend(changed_exposure_rows(opened.original.as_ref(), value));
+        }
         match put_row(&id, opened, seal.current(), &mut changes) {
             Ok(row_write) => {
                 written.push((id.clone(), row_write.generation));

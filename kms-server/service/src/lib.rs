@@ -7,6 +7,7 @@ pub mod certificate;
 pub mod certificate_end;
 mod equal_keys;
 pub mod escrow;
+pub mod exposure;
 pub mod frame;
 pub mod grant;
 mod group_names;

@@ -22,12 +22,14 @@ use kms_store::{AuditFilter, MeterFilter, Reads, RowKind};
 use prost::Message as _;
 
 use crate::equal_keys::{expose_groups_under_equal_keks, share_exposures};
+use crate::exposure::index::complete_index;
 use crate::island::IslandContext;
 use crate::work_order::places::forget_places;
 use kms_base::error::ServiceError;
 use kms_ledger::{CLOCK_JUMPED, Decision, ServerAct, View};
 
-/// The daily retention pass of an island. It also completes the list of the members of groups.
+/// The daily retention pass of an island. It also completes the list of the members of groups, and
+/// the index of exposures.
 #[derive(Clone)]
 pub struct RetentionPass {
     island: Arc<IslandContext>,
@@ -72,6 +74,10 @@ impl RetentionPass {
                     tracing::error!(%error, "exposures of keys that several meters have could not be added to all rows of counter domains; the next start tries again")
                 }
             }
+            // Rows of an earlier version are not in the index yet, and answers say so until then.
+            if !self.island.store.exposures_are_complete().await.unwrap_or(true) {
+                self.complete_index().await;
+            }
             tokio::time::sleep(FIRST).await;
             loop {
                 match self.run(self.time().await).await {
@@ -94,9 +100,21 @@ impl RetentionPass {
                         tracing::error!(%error, "old key versions could not all be destroyed; the next run is in a day")
                     }
                 }
+                self.complete_index().await;
                 tokio::time::sleep(PERIOD).await;
             }
         })
+    }
+
+    /// Compares the index of exposures with the sealed rows, and makes it anew where it differs.
+    async fn complete_index(&self) {
+        match complete_index(&self.island).await {
+            Ok(0) => {}
+            Ok(rows) => tracing::warn!(rows, "the index of exposures was made anew where it differed from sealed rows"),
+            Err(error) => {
+                tracing::error!(%error, "the index of exposures could not be compared with all sealed rows; the next run is in a day")
+            }
+        }
     }
 
     /// The time that decides on retention: this server's clock or the database's, whichever is

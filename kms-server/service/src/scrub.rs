@@ -2,13 +2,15 @@
 //! row that is older than its last record, is gone, has no record, or was edited; a chain with a
 //! gap, a changed record, or an end that was cut off; imported keys that are missing from the list
 //! of fingerprints, and equal keys in different counter domains (I4); tasks of campaigns that were
-//! edited, or do what was not approved (I6).
+//! edited, or do what was not approved (I6); an index of exposures that does not say what the rows
+//! say.
 //!
 //! What it cannot see: in a chain that is still being written, the newest records are only
 //! protected by the records that follow them. If the end of such a chain is cut off, this shows
 //! with the next record of its server.
 
 mod chains;
+mod exposures;
 mod finding;
 mod fingerprints;
 mod rows;
@@ -24,6 +26,7 @@ use kms_store::{MeterFilter, Reads};
 use tokio::sync::{mpsc, watch};
 
 use self::{
+    exposures::Exposures,
     finding::event,
     fingerprints::Fingerprints,
     rows::{Partition, Scan, Walk},
@@ -193,6 +196,9 @@ impl Scrubber {
         let mut tasks = Tasks::new(&self.island);
         while tasks.step().await? && progress(report.progress()) {}
         report.findings.append(&mut tasks.finish());
+        let mut exposures = Exposures::new(&self.island).await?;
+        while exposures.step().await? && progress(report.progress()) {}
+        report.findings.append(&mut exposures.finish());
         self.record(&report.findings).await?;
         Ok(report)
     }

@@ -93,9 +93,14 @@ where
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         runtime.block_on(async {
             let island = TestIsland::new(kind).await;
-            let (hsm, store) = (island.island.hsm.clone(), island.island.store.clone());
+            let context = island.island.clone();
+            let (hsm, store) = (context.hsm.clone(), context.store.clone());
             body(island).await;
             assert_eq!(counters::repeated_counters(&*store).await, None);
+            // I5, whatever the test is about. A test may have closed its database.
+            if let Ok(differences) = crate::exposure::index::differences(&context).await {
+                assert_eq!(differences, [], "the index of exposures is not what the sealed rows say");
+            }
             tokio::task::spawn_blocking(move || hsm.close()).await.unwrap();
         });
         return;

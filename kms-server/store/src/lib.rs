@@ -15,6 +15,7 @@
 mod batch;
 mod config;
 mod error;
+mod exposure;
 mod postgres;
 mod row;
 mod schema;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 
 pub use config::{DatabaseLocation, StoreConfig};
 pub use error::{RowName, StoreError};
+pub use exposure::{ExposureCursor, ExposureOwner, ExposureParty, ExposureRow, ExposureTotals, KeyValuePrefix};
 pub use kms_domain::Timeline;
 pub use row::{
     Assigned, AuditAppend, AuditCursor, AuditFilter, AuditReference, AuditRow, AuditTail, FingerprintOwner,

@@ -246,6 +246,7 @@ const MIGRATIONS: &[Migration] = &[
     Migration { version: 2, name: "campaigns", sql: include_str!("../migrations/postgres/0002_campaigns.sql") },
     Migration { version: 3, name: "group members", sql: include_str!("../migrations/postgres/0003_group_members.sql") },
     Migration { version: 4, name: "work orders", sql: include_str!("../migrations/postgres/0004_work_orders.sql") },
+    Migration { version: 5, name: "exposures", sql: include_str!("../migrations/postgres/0005_exposures.sql") },
 ];
 /// ASCII `MKMP`: distinguishes our advisory locks from those of other programs.
 const ADVISORY_CLASS: i32 = 1_296_780_112;

@@ -332,6 +332,7 @@ const MIGRATIONS: &[Migration] = &[
     Migration { version: 2, name: "campaigns", sql: include_str!("../migrations/sqlite/0002_campaigns.sql") },
     Migration { version: 3, name: "group members", sql: include_str!("../migrations/sqlite/0003_group_members.sql") },
     Migration { version: 4, name: "work orders", sql: include_str!("../migrations/sqlite/0004_work_orders.sql") },
+    Migration { version: 5, name: "exposures", sql: include_str!("../migrations/sqlite/0005_exposures.sql") },
 ];
 const PROBE: Duration = Duration::from_secs(1);
 /// The octets that must fit on the disk: more than most transactions write.

@@ -6,10 +6,11 @@ use kms_domain::{
 };
 
 use crate::{
-    AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, FingerprintOwner,
-    FingerprintPrefix, GrantFilter, GrantRow, MeterFilter, MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow,
-    ServerRow, ShipmentRefusal, ShipmentRow, Sizes, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTally, UploadId,
-    WorkOrderColumns, WorkOrderFilter, WorkOrderRow,
+    AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, ExposureCursor, ExposureOwner,
+    ExposureParty, ExposureRow, ExposureTotals, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow,
+    MeterFilter, MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow,
+    Sizes, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTally, UploadId, WorkOrderColumns, WorkOrderFilter,
+    WorkOrderRow,
 };
 
 /// The database of one island.
@@ -96,6 +97,44 @@ pub trait Store: Send + Sync {
         after: Option<(FingerprintPrefix, FingerprintOwner)>,
         limit: u32,
     ) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError>;
+
+    /// Up to `limit` owners after one, of which the index of exposures says that a party could know
+    /// keys: by their own rows, or by a key value that it knows by another slot. In order of kinds
+    /// and ids. With `since`, owners of which it came to know a key then or later.
+    async fn exposed_owners(
+        &self,
+        party: &ExposureParty,
+        since: Option<UnixMillis>,
+        after: Option<ExposureOwner>,
+        limit: u32,
+    ) -> Result<Vec<ExposureOwner>, StoreError>;
+
+    /// How much the index of exposures says of a party. With `since`, the sums over those owners of
+    /// which it came to know a key then or later.
+    async fn exposure_totals(
+        &self,
+        party: &ExposureParty,
+        since: Option<UnixMillis>,
+    ) -> Result<ExposureTotals, StoreError>;
+
+    /// The rows among `expected` that the index of exposures has not, or not so. For the scrubber,
+    /// and for the pass that completes the index.
+    async fn missing_exposures(&self, expected: &[ExposureRow]) -> Result<Vec<ExposureRow>, StoreError>;
+
+    /// Up to `limit` rows of the index of exposures after a place, in the database's own order:
+    /// what the scrubber walks. `None` instead of a row that no server wrote.
+    async fn exposure_page(
+        &self,
+        after: Option<ExposureCursor>,
+        limit: u32,
+    ) -> Result<Vec<(ExposureCursor, Option<ExposureRow>)>, StoreError>;
+
+    /// Whether the index of exposures repeats all sealed rows, also those that were written before
+    /// there was an index.
+    async fn exposures_are_complete(&self) -> Result<bool, StoreError>;
+
+    /// Notes that the index of exposures repeats all sealed rows.
+    async fn note_exposures_complete(&self) -> Result<(), StoreError>;
 
     /// Up to `limit` audit records after the cursor `after`, in the order of the log or in reverse.
     /// The records of each server come in the order of its chain. If several servers write, a

@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use kms_domain::{CampaignId, GrantId, PrincipalId, SystemTitle, UnixMillis, WriterId};
 
 use crate::{
-    AuditAppend, AuditTail, FingerprintOwner, FingerprintPrefix, GrantRow, MeterProjection, RequestKey, RequestRow,
-    RowKind, SealedRow, ShipmentRefusal, ShipmentRow, SpooledFile, TaskKey, TaskRow, UploadId, WorkOrderColumns,
-    row::RowLock,
+    AuditAppend, AuditTail, ExposureCursor, ExposureRow, FingerprintOwner, FingerprintPrefix, GrantRow,
+    MeterProjection, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal, ShipmentRow, SpooledFile, TaskKey,
+    TaskRow, UploadId, WorkOrderColumns, row::RowLock,
 };
 
 /// Rows to read in a transaction. Naming a row twice is harmless.
@@ -273,6 +273,10 @@ pub struct Changes {
     pub tasks: Vec<TaskRow>,
     /// The search columns of the work orders among the sealed rows.
     pub work_orders: Vec<WorkOrderColumns>,
+    /// Rows of the index of exposures: they repeat rows that this transaction writes, or has read.
+    pub exposures: Vec<ExposureRow>,
+    /// Rows of the index that repeat nothing.
+    pub exposures_gone: Vec<ExposureCursor>,
     /// I2: the records of all these changes.
     pub audit: Vec<AuditAppend>,
 }

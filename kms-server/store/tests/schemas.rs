@@ -19,10 +19,11 @@ use kms_domain::{
     TaskWork, UnixMillis, WorkOrderId, WriterId,
 };
 use kms_store::{
-    Assigned, AuditFilter, AuditReference, Changes, DatabaseLocation, FingerprintOwner, FingerprintPrefix,
-    FingerprintPut, GrantFilter, GrantRevocation, GrantRow, Lookup, MeterFilter, MeterProjection, MeterPut, PinFailure,
-    Reads, RequestKey, RequestPut, RequestRow, RowKind, SealedPut, ShipmentRefusal, ShipmentRow, ShipmentState, Store,
-    StoreConfig, TaskFilter, TaskKey, TaskRow, UploadId, WorkOrderColumns, WorkOrderEnding,
+    Assigned, AuditFilter, AuditReference, Changes, DatabaseLocation, ExposureOwner, ExposureParty, ExposureRow,
+    FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter, GrantRevocation, GrantRow, Lookup, MeterFilter,
+    MeterProjection, MeterPut, PinFailure, Reads, RequestKey, RequestPut, RequestRow, RowKind, SealedPut,
+    ShipmentRefusal, ShipmentRow, ShipmentState, Store, StoreConfig, TaskFilter, TaskKey, TaskRow, UploadId,
+    WorkOrderColumns, WorkOrderEnding,
 };
 use kms_store_testing as testing;
 
@@ -132,6 +133,14 @@ async fn read(store: &dyn Store, version: usize) {
         let due = store.due_tasks(campaign(), &principal("hes").to_string(), 9).await.unwrap();
         assert_eq!(due, [title(1)]);
     }
+    // Servers before had no index of exposures: a pass over sealed rows makes it.
+    assert_eq!(store.exposures_are_complete().await.unwrap(), version >= 5);
+    if version < 5 {
+        assert_eq!(store.exposure_totals(&exposure().party, None).await.unwrap().owners, 0);
+        write(store, Changes { exposures: vec![exposure()], ..Changes::default() }).await.unwrap();
+        store.note_exposures_complete().await.unwrap();
+    }
+    assert_eq!(store.missing_exposures(&[exposure()]).await.unwrap(), []);
     let reads = Reads {
         requests: vec![request()],
         audit_tails: vec![writer()],
@@ -178,6 +187,8 @@ async fn write_all(store: &dyn Store, version: usize) {
         refusals: vec![refusal(8)],
         tasks: vec![TaskRow { generation, ..new_task }],
         work_orders: vec![work_order("WO-1"), work_order("WO-2")],
+        exposures: vec![ExposureRow { open: 0, ..exposure() }],
+        exposures_gone: Vec::new(),
         audit: vec![record(writer(), 2), record(run, 0)],
     };
     write(store, changes).await.unwrap();
@@ -209,6 +220,9 @@ async fn written(store: &dyn Store) {
     assert_eq!(store.campaign_chunk(campaign(), 0).await.unwrap().unwrap(), title(1).octets());
     assert_eq!(store.task_page(campaign(), TaskFilter::All, None, 9).await.unwrap().len(), 1);
     assert_eq!(store.complete_work_orders(&["WO-1", "WO-2", "WO-3"].map(work_order)).await.unwrap(), 1);
+    assert!(store.exposures_are_complete().await.unwrap());
+    let totals = store.exposure_totals(&exposure().party, None).await.unwrap();
+    assert_eq!((totals.owners, totals.slots, totals.open), (1, 2, 0));
     assert!(store.pin_failure("north", 1).await.unwrap().is_none());
     assert!(store.pin_failure("north", 0).await.unwrap().is_some());
     assert_eq!(store.purge_requests(UnixMillis(100), 9).await.unwrap(), 1);
@@ -319,6 +333,16 @@ fn shipment() -> ShipmentRow {
 
 fn refusal(line: u64) -> ShipmentRefusal {
     ShipmentRefusal { upload: UPLOAD, line, field: "serial".into(), reason: "it is empty".into() }
+}
+
+fn exposure() -> ExposureRow {
+    ExposureRow {
+        party: ExposureParty::Principal(principal("hes")),
+        owner: ExposureOwner::Owner(Owner::Meter(title(1))),
+        slots: 2,
+        open: 1,
+        newest: UnixMillis(77),
+    }
 }
 
 fn pin_failure() -> PinFailure {

@@ -24,11 +24,11 @@ use kms_domain::{
     UnixMillis, WorkOrder, WorkOrderId, WorkOrderState,
 };
 use kms_store::{
-    Assigned, AuditFilter, AuditReference, Changes, Committed, DatabaseLocation, Decision, FingerprintOwner,
-    FingerprintPrefix, FingerprintPut, GrantFilter, GrantRevocation, GrantRow, Lookup, MeterFilter, MeterPut,
-    PinFailure, Reads, RequestPut, RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow,
-    ShipmentState, Store, StoreError, TaskFilter, TaskKey, TaskRow, UploadId, WorkOrderColumns, WorkOrderEnding,
-    WorkOrderFilter,
+    Assigned, AuditFilter, AuditReference, Changes, Committed, DatabaseLocation, Decision, ExposureOwner,
+    ExposureParty, ExposureRow, ExposureTotals, FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter,
+    GrantRevocation, GrantRow, KeyValuePrefix, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut,
+    RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow, ShipmentState, Store, StoreError,
+    TaskFilter, TaskKey, TaskRow, UploadId, WorkOrderColumns, WorkOrderEnding, WorkOrderFilter,
 };
 use kms_store_testing::{Damage, Obstruction, damage};
 
@@ -54,6 +54,7 @@ on_both!(
     a_request_is_carried_out_once_and_purged_after_its_time,
     ten_thousand_meters_in_one_transaction,
     meters_are_found_by_their_projections,
+    the_index_of_exposures_is_written_asked_and_walked,
     audit_is_walked_in_order,
     grants_are_listed_and_revoked_once,
     fingerprints_find_all_owners,
@@ -341,6 +342,97 @@ async fn meters_are_found_by_their_projections(f: Fixture) {
     assert_eq!(f.store.complete_group_members(&members).await.unwrap(), 2);
     assert_eq!(f.store.complete_group_members(&members).await.unwrap(), 0);
     assert_eq!((count(in_group(4)).await, count(in_group(5)).await, count(in_group(6)).await), (49, 2, 1));
+}
+
+async fn the_index_of_exposures_is_written_asked_and_walked(f: Fixture) {
+    let (hes, other) = (ExposureParty::Principal(principal("hes")), ExposureParty::Principal(principal("other")));
+    let of_meter = |number: u64| ExposureOwner::Owner(Owner::Meter(title(number)));
+    let group = ExposureOwner::Owner(Owner::Group(kms_domain::GroupId(7)));
+    let row = |party: &ExposureParty, owner, slots, open, newest: i64| ExposureRow {
+        party: party.clone(),
+        owner,
+        slots,
+        open,
+        newest: UnixMillis(newest),
+    };
+    let put = async |exposures: Vec<ExposureRow>| {
+        write(&*f.store, Changes { exposures, ..Changes::default() }).await.unwrap();
+    };
+    assert!(f.store.exposures_are_complete().await.unwrap(), "a new database has no rows of an earlier version");
+    f.store.note_exposures_complete().await.unwrap();
+    let mut rows: Vec<ExposureRow> =
+        (1..=300).map(|number| row(&hes, of_meter(number), 2, 2, number.cast_signed())).collect();
+    rows.push(row(&hes, group, 1, 0, 1_000));
+    rows.push(row(&other, of_meter(5), 3, 1, 9));
+    put(rows.clone()).await;
+    // The same key once more: the later numbers stand.
+    rows[9] = row(&hes, of_meter(10), 2, 1, 10);
+    put(vec![rows[9].clone()]).await;
+
+    let totals = async |party: &ExposureParty, since: Option<i64>| {
+        f.store.exposure_totals(party, since.map(UnixMillis)).await.unwrap()
+    };
+    let counted = |owners, slots, open| ExposureTotals { owners, slots, open, equal_keys: 0 };
+    assert_eq!(totals(&hes, None).await, counted(301, 601, 599));
+    assert_eq!(totals(&hes, Some(300)).await, counted(2, 3, 2));
+    assert_eq!(totals(&other, None).await, counted(1, 3, 1));
+    assert_eq!(totals(&ExposureParty::Principal(principal("nobody")), None).await, counted(0, 0, 0));
+    let (mut pages, mut after) = (Vec::new(), None);
+    loop {
+        let page = f.store.exposed_owners(&hes, None, after, 100).await.unwrap();
+        after = page.last().copied();
+        if page.is_empty() {
+            break;
+        }
+        pages.push(page);
+    }
+    assert_eq!(pages.iter().map(Vec::len).collect::<Vec<_>>(), [100, 100, 100, 1]);
+    assert_eq!((pages[0][0], pages[3][0]), (of_meter(1), group));
+    let since = f.store.exposed_owners(&hes, Some(UnixMillis(300)), None, 9).await.unwrap();
+    assert_eq!(since, [of_meter(300), group]);
+
+    // Meters 5, 301 and 302 share a value, which only `other` knows.
+    let prefix = KeyValuePrefix([0xFF, 0, 0, 0, 0, 0, 0, 1]);
+    let value = ExposureParty::KeyValue(prefix);
+    let mut sharing: Vec<_> = [5, 301, 302].map(|number| row(&value, of_meter(number), 1, 0, 0)).into();
+    sharing.push(row(&other, ExposureOwner::KeyValue(prefix), 0, 0, 50));
+    put(sharing.clone()).await;
+    rows.extend(sharing);
+    let found = f.store.exposed_owners(&other, None, None, 9).await.unwrap();
+    assert_eq!(found, [of_meter(5), of_meter(301), of_meter(302)]);
+    assert_eq!(f.store.exposed_owners(&other, None, Some(of_meter(5)), 1).await.unwrap(), [of_meter(301)]);
+    assert_eq!(f.store.exposed_owners(&other, Some(UnixMillis(51)), None, 9).await.unwrap(), []);
+    assert_eq!(totals(&other, None).await, ExposureTotals { equal_keys: 2, ..counted(1, 3, 1) });
+    assert_eq!(totals(&hes, None).await, counted(301, 601, 599));
+
+    // The walk over all, and what is missing of what is expected.
+    let (mut walked, mut after) = (Vec::new(), None);
+    loop {
+        let page = f.store.exposure_page(after, 77).await.unwrap();
+        let Some((last, _)) = page.last() else { break };
+        after = Some(*last);
+        walked.extend(page);
+    }
+    let mut found: Vec<_> = walked.iter().map(|(_, row)| row.clone().unwrap()).collect();
+    let order = |row: &ExposureRow| (row.party.clone(), row.owner);
+    found.sort_by_key(order);
+    rows.sort_by_key(order);
+    assert_eq!(found, rows);
+    assert_eq!(f.store.missing_exposures(&rows).await.unwrap(), []);
+    let wrong = [
+        row(&hes, of_meter(1), 2, 1, 1),
+        row(&hes, of_meter(999), 2, 2, 1),
+        row(&ExposureParty::Principal(principal("nobody")), of_meter(1), 1, 1, 1),
+        row(&ExposureParty::Anyone, of_meter(1), 1, 1, 1),
+    ];
+    let asked: Vec<_> = rows.iter().take(3).cloned().chain(wrong.clone()).collect();
+    assert_eq!(f.store.missing_exposures(&asked).await.unwrap(), wrong);
+    // Rows are removed by their places.
+    let gone: Vec<_> = walked.iter().filter(|(_, row)| row.as_ref().is_some_and(|row| row.party == hes)).collect();
+    let exposures_gone = gone.iter().map(|(place, _)| *place).collect();
+    write(&*f.store, Changes { exposures_gone, ..Changes::default() }).await.unwrap();
+    assert_eq!(totals(&hes, None).await, counted(0, 0, 0));
+    assert_eq!(f.store.exposure_page(None, 1_000).await.unwrap().len(), rows.len() - gone.len());
 }
 
 async fn audit_is_walked_in_order(f: Fixture) {

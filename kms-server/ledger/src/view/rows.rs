@@ -327,9 +327,10 @@ impl View<'_, '_> {
         };
         let before = self.staged.rows.get(&id).or_else(|| self.draft.rows.get(&id));
         let generation = before.and_then(|opened| opened.generation);
+        let original = before.and_then(|opened| opened.original.clone());
         let reprojected = reprojected || before.is_some_and(|opened| opened.changed && opened.reprojected);
-        let before =
-            self.staged.rows.insert(id.clone(), Opened { generation, value: Some(value), changed: true, reprojected });
+        let opened = Opened { generation, value: Some(value), original, changed: true, reprojected };
+        let before = self.staged.rows.insert(id.clone(), opened);
         self.staged.log.push(StagedChange::Row(id, before));
         Ok(())
     }

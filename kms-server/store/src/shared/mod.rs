@@ -58,6 +58,7 @@ macro_rules! task_joins {
 }
 
 mod decode;
+mod exposure;
 mod list;
 pub(super) mod names;
 mod read;
@@ -76,10 +77,11 @@ use sqlx::{Connection as _, Row as _};
 
 use super::{BEGIN, CONCURRENT, Connection, Database, Engine, MIGRATION_LOCK, Row, keys, lock_stripes};
 use crate::{
-    AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, FingerprintOwner,
-    FingerprintPrefix, GrantFilter, GrantRow, MeterFilter, MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow,
-    ServerRow, ShipmentRefusal, ShipmentRow, Sizes, Store, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTally,
-    Timeline, UploadId, WorkOrderColumns, WorkOrderFilter, WorkOrderRow,
+    AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, ExposureCursor, ExposureOwner,
+    ExposureParty, ExposureRow, ExposureTotals, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow,
+    MeterFilter, MeterRow, PinFailure, ReadSet, Reads, RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow,
+    Sizes, Store, StoreError, TaskFilter, TaskLoad, TaskRow, TaskTally, Timeline, UploadId, WorkOrderColumns,
+    WorkOrderFilter, WorkOrderRow,
     schema::{self, Migration},
 };
 
@@ -153,6 +155,44 @@ impl Store for Engine {
         limit: u32,
     ) -> Result<Vec<(FingerprintPrefix, FingerprintOwner)>, StoreError> {
         self.within(list::fingerprint_page(&self.readers, after, limit)).await
+    }
+
+    async fn exposed_owners(
+        &self,
+        party: &ExposureParty,
+        since: Option<UnixMillis>,
+        after: Option<ExposureOwner>,
+        limit: u32,
+    ) -> Result<Vec<ExposureOwner>, StoreError> {
+        self.within(exposure::owners(&self.readers, party, since, after, limit)).await
+    }
+
+    async fn exposure_totals(
+        &self,
+        party: &ExposureParty,
+        since: Option<UnixMillis>,
+    ) -> Result<ExposureTotals, StoreError> {
+        self.within(exposure::totals(&self.readers, party, since)).await
+    }
+
+    async fn missing_exposures(&self, expected: &[ExposureRow]) -> Result<Vec<ExposureRow>, StoreError> {
+        self.within(exposure::missing(&self.readers, expected)).await
+    }
+
+    async fn exposure_page(
+        &self,
+        after: Option<ExposureCursor>,
+        limit: u32,
+    ) -> Result<Vec<(ExposureCursor, Option<ExposureRow>)>, StoreError> {
+        self.within(exposure::page(&self.readers, after, limit)).await
+    }
+
+    async fn exposures_are_complete(&self) -> Result<bool, StoreError> {
+        self.within(exposure::is_complete(&self.readers)).await
+    }
+
+    async fn note_exposures_complete(&self) -> Result<(), StoreError> {
+        self.within(exposure::note_complete(self)).await
     }
 
     async fn audit_page(

@@ -10,7 +10,7 @@ use kms_domain::WriterId;
 use sqlx::Row as _;
 
 use super::{Connection, Database};
-use crate::{Changes, StoreError, batch::RowBatch, error::Failure};
+use crate::{Changes, ExposureParty, StoreError, batch::RowBatch, error::Failure};
 
 /// What a term names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -179,7 +179,11 @@ fn terms_of(changes: &Changes) -> impl Iterator<Item = (TermKind, Cow<'_, str>)>
         [Some((TermKind::Vendor, Cow::from(row.vendor.as_str()))), head_end].into_iter().flatten()
     });
     let makers = changes.work_orders.iter().map(|row| (TermKind::Principal, Cow::from(row.maker.to_string())));
-    meters.chain(requests).chain(grants).chain(tasks).chain(makers)
+    let exposures = changes.exposures.iter().filter_map(|row| match &row.party {
+        ExposureParty::Principal(principal) => Some((TermKind::Principal, Cow::from(principal.to_string()))),
+        ExposureParty::Anyone | ExposureParty::KeyValue(_) => None,
+    });
+    meters.chain(requests).chain(grants).chain(tasks).chain(makers).chain(exposures)
 }
 
 const INSERT_TERMS: &str = concat!(

@@ -25,6 +25,7 @@ pub(super) enum Table {
     Shipments,
     Tasks,
     Audit,
+    Exposures,
 }
 
 impl From<sqlx::Error> for Stopped {

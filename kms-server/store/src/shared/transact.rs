@@ -109,6 +109,7 @@ async fn explain(
         Table::Grants => changes.grants.first().map(|grant| RowName::Grant(grant.id)),
         Table::Revocations => changes.revocations.first().map(|revocation| RowName::Grant(revocation.id)),
         Table::Fingerprints => changes.fingerprints.first().map(|put| RowName::Fingerprint(put.prefix)),
+        Table::Exposures => None,
         Table::Tasks => changes.tasks.first().map(|row| RowName::Task(row.key)),
         Table::Shipments => changes
             .shipments

@@ -2,7 +2,7 @@
 //! its rows: a missing one means that another transaction wrote it first.
 
 use super::{
-    CONCURRENT, Connection, Database, Engine, keys,
+    CONCURRENT, Connection, Database, Engine, exposure, keys,
     names::{Names, Numbers, TermKind},
     read, spool,
     swap::{Stopped, Table, count, put},
@@ -29,6 +29,7 @@ pub(super) async fn apply(connection: &mut Connection, names: &Names, changes: &
     fingerprints(connection, changes).await?;
     spool::write(connection, changes).await?;
     task::write(connection, changes, &numbers).await?;
+    exposure::write(connection, changes, &numbers).await?;
     requests(connection, changes, &numbers).await?;
     grants(connection, changes, &numbers).await?;
     audit(connection, changes, &numbers).await?;
