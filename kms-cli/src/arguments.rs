@@ -4,8 +4,10 @@ pub(crate) mod audit;
 pub(crate) mod campaign;
 pub(crate) mod device_type;
 pub(crate) mod exposure;
+pub(crate) mod field;
 pub(crate) mod grant;
 pub(crate) mod group;
+pub(crate) mod handheld;
 pub(crate) mod hsm;
 pub(crate) mod meter;
 pub(crate) mod principal;
@@ -23,9 +25,9 @@ use clap::{Args, Parser, Subcommand};
 
 use self::{
     audit::AuditCommand, campaign::CampaignCommand, device_type::DeviceTypeCommand, exposure::ExposureCommand,
-    grant::GrantCommand, group::GroupCommand, hsm::HsmCommand, meter::MeterCommand, principal::PrincipalCommand,
-    proposal::ProposalCommand, roots::RootsCommand, session::SessionCommand, shipment::ShipmentCommand,
-    values::profile_name, work_order::WorkOrderCommand,
+    field::FieldCommand, grant::GrantCommand, group::GroupCommand, handheld::HandheldCommand, hsm::HsmCommand,
+    meter::MeterCommand, principal::PrincipalCommand, proposal::ProposalCommand, roots::RootsCommand,
+    session::SessionCommand, shipment::ShipmentCommand, values::profile_name, work_order::WorkOrderCommand,
 };
 use crate::output::Format;
 
@@ -74,6 +76,12 @@ pub(crate) enum Command {
     /// Head-ends, officers, auditors, handhelds, manufacturers and service accounts
     #[command(subcommand)]
     Principal(PrincipalCommand),
+    /// Handhelds: invite a device, hand it over, list
+    #[command(subcommand)]
+    Handheld(HandheldCommand),
+    /// This machine as a handheld: enrol it, renew its certificate
+    #[command(subcommand)]
+    Field(FieldCommand),
     /// Rotate keys of many meters: plan, approve, start, watch, report
     #[command(subcommand)]
     Campaign(CampaignCommand),

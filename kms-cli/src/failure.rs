@@ -3,7 +3,9 @@
 use std::{fmt, process::ExitCode};
 
 use kms_client::{
-    ConnectError, IdentityError, OpenError, ParseError, ProfileError, ServerError, SessionError, sample::SampleError,
+    ConnectError, IdentityError, OpenError, ParseError, ProfileError, ServerError, SessionError,
+    field::{FieldError, VaultError},
+    sample::SampleError,
 };
 use tonic::{Code, Status};
 
@@ -136,6 +138,29 @@ impl From<SessionError> for Failure {
             SessionError::Server(error) => error.into(),
             other => Self::failed(other.to_string()),
         }
+    }
+}
+
+impl From<FieldError> for Failure {
+    fn from(error: FieldError) -> Self {
+        match error {
+            // The caller has no certificate that the server could not accept.
+            FieldError::Server(error) if error.code() == Code::Unauthenticated => {
+                Self::new(Kind::Refused, error.message())
+            }
+            FieldError::Server(error) => error.into(),
+            FieldError::Connect(error) => error.into(),
+            FieldError::Parse(error) => error.into(),
+            FieldError::Vault(error) => error.into(),
+            other => Self::failed(other.to_string()),
+        }
+    }
+}
+
+impl From<VaultError> for Failure {
+    fn from(error: VaultError) -> Self {
+        let kind = if matches!(error, VaultError::PinForm) { Kind::Usage } else { Kind::Failed };
+        Self::new(kind, error.to_string())
     }
 }
 

@@ -49,6 +49,8 @@ async fn run(command: Command, context: Context) -> Result<(), Failure> {
         Command::DeviceType(command) => commands::device_type::run(command, &context).await,
         Command::Shipment(command) => commands::shipment::run(command, &context).await,
         Command::Principal(command) => commands::principal::run(command, &context).await,
+        Command::Handheld(command) => commands::handheld::run(command, &context).await,
+        Command::Field(command) => commands::field::run(command, &context).await,
         Command::Campaign(command) => commands::campaign::run(command, &context).await,
         Command::WorkOrder(command) => commands::work_order::run(command, &context).await,
         Command::Proposal(command) => commands::proposal::run(command, &context).await,

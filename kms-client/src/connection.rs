@@ -7,17 +7,19 @@ use kms_proto::v1::{
     audit_service_client::AuditServiceClient, campaign_service_client::CampaignServiceClient,
     device_type_service_client::DeviceTypeServiceClient, exposure_service_client::ExposureServiceClient,
     frame_service_client::FrameServiceClient, grant_service_client::GrantServiceClient,
-    group_service_client::GroupServiceClient, hsm_service_client::HsmServiceClient,
-    meter_service_client::MeterServiceClient, principal_service_client::PrincipalServiceClient,
-    proposal_service_client::ProposalServiceClient, root_service_client::RootServiceClient,
-    shipment_service_client::ShipmentServiceClient, task_service_client::TaskServiceClient,
-    transfer_service_client::TransferServiceClient, work_order_service_client::WorkOrderServiceClient,
+    group_service_client::GroupServiceClient, handheld_service_client::HandheldServiceClient,
+    hsm_service_client::HsmServiceClient, meter_service_client::MeterServiceClient,
+    principal_service_client::PrincipalServiceClient, proposal_service_client::ProposalServiceClient,
+    root_service_client::RootServiceClient, shipment_service_client::ShipmentServiceClient,
+    task_service_client::TaskServiceClient, transfer_service_client::TransferServiceClient,
+    work_order_service_client::WorkOrderServiceClient,
 };
 use rustls::{
-    ClientConfig, RootCertStore,
+    ClientConfig, ConfigBuilder, RootCertStore, WantsVerifier,
     client::Resumption,
     crypto::{CryptoProvider, aws_lc_rs as provider},
 };
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     net::TcpStream,
@@ -42,7 +44,26 @@ impl Connection {
     /// The profile is not usable, no server listens at the address, or one side does not accept the
     /// other's certificate.
     pub async fn connect(profile: &Profile) -> Result<Self, ConnectError> {
-        let server = profile.server().to_owned();
+        let identity = TlsIdentity {
+            roots: profile.ca_certificates()?,
+            chain: profile.certificate_chain()?,
+            key: profile.private_key()?,
+        };
+        let config = identity.config().map_err(|reason| ConnectError::Identity {
+            directory: profile.directory().display().to_string(),
+            reason,
+        })?;
+        Self::open(profile.server(), profile.server_name()?, config).await
+    }
+
+    /// Connects to `host:port`, whose certificate must carry this name, with this configuration of
+    /// TLS.
+    pub(crate) async fn open(
+        server: &str,
+        name: ServerName<'static>,
+        config: ClientConfig,
+    ) -> Result<Self, ConnectError> {
+        let server = server.to_owned();
         let refuse = |error: tonic::transport::Error| ConnectError::of(&server, &error);
         // The connector below does TLS; to tonic the stream is plain.
         let endpoint = Endpoint::from_shared(format!("http://{server}"))
@@ -55,8 +76,7 @@ impl Connection {
             .initial_connection_window_size(WINDOW)
             .user_agent(concat!("kms-client/", env!("CARGO_PKG_VERSION")))
             .map_err(refuse)?;
-        let connector = TlsConnector::from(Arc::new(tls_config(profile)?));
-        let name = profile.server_name()?;
+        let connector = TlsConnector::from(Arc::new(config));
         let address = server.clone();
         let connect = tower::service_fn(move |_: http::Uri| {
             let (connector, name, address) = (connector.clone(), name.clone(), address.clone());
@@ -138,6 +158,11 @@ impl Connection {
     /// Who could know which keys.
     pub fn exposures(&self) -> ExposureServiceClient<Channel> {
         ExposureServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    /// Handhelds and their invitations.
+    pub fn handhelds(&self) -> HandheldServiceClient<Channel> {
+        HandheldServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
 
     /// The audit log.
@@ -274,29 +299,50 @@ pub(crate) fn tls_reason(error: &rustls::Error) -> String {
     }
 }
 
-fn tls_config(profile: &Profile) -> Result<ClientConfig, ConnectError> {
-    let refuse = |error: rustls::Error| ConnectError::Identity {
-        directory: profile.directory().display().to_string(),
-        reason: error.to_string(),
-    };
-    let mut roots = RootCertStore::empty();
-    for certificate in profile.ca_certificates()? {
-        roots.add(certificate).map_err(refuse)?;
+/// The certificates and the key of one side of a connection.
+pub(crate) struct TlsIdentity {
+    /// The island's roots.
+    pub(crate) roots: Vec<CertificateDer<'static>>,
+    /// The certificate and its issuers.
+    pub(crate) chain: Vec<CertificateDer<'static>>,
+    /// The private key.
+    pub(crate) key: PrivateKeyDer<'static>,
+}
+
+impl TlsIdentity {
+    /// The configuration of TLS, or why the certificates or the key cannot be used.
+    pub(crate) fn config(self) -> Result<ClientConfig, String> {
+        let mut roots = RootCertStore::empty();
+        for certificate in self.roots {
+            roots.add(certificate).map_err(|error| error.to_string())?;
+        }
+        let config = tls_1_3(crypto())
+            .and_then(|config| config.with_root_certificates(roots).with_client_auth_cert(self.chain, self.key));
+        config.map(finished).map_err(|error| error.to_string())
     }
-    let crypto = CryptoProvider {
+}
+
+/// The cryptography of TLS: as the library has it, the hybrid group first.
+pub(crate) fn crypto() -> Arc<CryptoProvider> {
+    Arc::new(CryptoProvider {
         kx_groups: vec![provider::kx_group::X25519MLKEM768, provider::kx_group::X25519, provider::kx_group::SECP256R1],
         ..provider::default_provider()
-    };
-    let mut config = ClientConfig::builder_with_provider(Arc::new(crypto))
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(refuse)?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(profile.certificate_chain()?, profile.private_key()?)
-        .map_err(refuse)?;
-    // A resumed session would skip the verification of certificates.
+    })
+}
+
+/// TLS 1.3 and nothing else.
+pub(crate) fn tls_1_3(
+    crypto: Arc<CryptoProvider>,
+) -> Result<ConfigBuilder<ClientConfig, WantsVerifier>, rustls::Error> {
+    ClientConfig::builder_with_provider(crypto).with_protocol_versions(&[&rustls::version::TLS13])
+}
+
+/// For HTTP/2, and without resumption: a resumed session would skip the verification of
+/// certificates.
+pub(crate) fn finished(mut config: ClientConfig) -> ClientConfig {
     config.resumption = Resumption::disabled();
     config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(config)
+    config
 }
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

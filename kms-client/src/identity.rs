@@ -19,11 +19,24 @@ impl KeyRequest {
     /// # Errors
     /// The cryptographic library failed.
     pub fn generate(principal: &PrincipalId) -> Result<Self, IdentityError> {
+        Self::for_subject(principal.name(), vec![SanType::URI(principal.to_string().try_into()?)])
+    }
+
+    /// Makes a key pair for a device that does not know its island yet. The server chooses
+    /// everything in a certificate but the key.
+    ///
+    /// # Errors
+    /// The cryptographic library failed.
+    pub fn for_device(name: &str) -> Result<Self, IdentityError> {
+        Self::for_subject(name, Vec::new())
+    }
+
+    fn for_subject(name: &str, alternative_names: Vec<SanType>) -> Result<Self, IdentityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let mut request = CertificateParams::default();
         request.distinguished_name = DistinguishedName::new();
-        request.distinguished_name.push(DnType::CommonName, principal.name());
-        request.subject_alt_names = vec![SanType::URI(principal.to_string().try_into()?)];
+        request.distinguished_name.push(DnType::CommonName, name);
+        request.subject_alt_names = alternative_names;
         let certificate_request = request.serialize_request(&key)?.der().to_vec();
         Ok(Self { key_pem: Zeroizing::new(key.serialize_pem()), certificate_request })
     }
@@ -71,7 +84,7 @@ impl std::fmt::Debug for KeyRequest {
 #[error("cannot make a key pair and certificate request: {0}")]
 pub struct IdentityError(#[from] rcgen::Error);
 
-fn certificate_pem(der: &[u8]) -> String {
+pub(crate) fn certificate_pem(der: &[u8]) -> String {
     pem::encode(&pem::Pem::new("CERTIFICATE", der))
 }
 

@@ -8,6 +8,8 @@
 //! - [`RetryPolicy`] repeats calls as the server asks for it, with one request id.
 //! - [`Relay`] carries octets for a head-end that holds no keys: transfers of new keys, and the
 //!   tasks of campaigns.
+//! - [`field`] is for tools on handhelds: enrolment with a one-time code, and keys at rest under a
+//!   PIN.
 //! - [`KeyRequest`] makes key pairs on this machine, and the requests for their certificates.
 //! - [`sample`] makes shipments as a meter vendor would, for trials.
 //!
@@ -38,6 +40,7 @@ mod agreement;
 mod connection;
 mod counters;
 mod envelope;
+pub mod field;
 mod identity;
 mod manifest;
 mod opening;

@@ -180,6 +180,14 @@ impl Profile {
         Some(certificate.validity().not_after.timestamp().saturating_mul(1000))
     }
 
+    /// Whether this certificate (DER) is one of the island's CA certificates in this profile.
+    ///
+    /// # Errors
+    /// The file cannot be read or holds no certificate.
+    pub fn trusts(&self, certificate: &[u8]) -> Result<bool, ProfileError> {
+        Ok(self.ca_certificates()?.iter().any(|known| known.as_ref() == certificate))
+    }
+
     pub(crate) fn ca_certificates(&self) -> Result<Vec<CertificateDer<'static>>, ProfileError> {
         self.certificates(&self.settings.ca)
     }
@@ -371,7 +379,7 @@ impl ProfileError {
 }
 
 /// Writes a file that only its owner may read, whole or not at all.
-fn write_private_file(path: &Path, content: &[u8]) -> io::Result<()> {
+pub(crate) fn write_private_file(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let new = path.with_file_name(name);
@@ -392,7 +400,7 @@ fn write_private_file(path: &Path, content: &[u8]) -> io::Result<()> {
     fs::rename(&new, path)
 }
 
-fn create_private_directory(path: &Path) -> io::Result<()> {
+pub(crate) fn create_private_directory(path: &Path) -> io::Result<()> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]

@@ -12,11 +12,14 @@ use kms_base::bounds::Limits;
 /// Raises the limit of open files if necessary. If it cannot be raised, reduces the bounds on
 /// connections.
 ///
+/// `strangers` is the number of connections that the enrolment door may have: 0 without one.
+///
 /// # Errors
 /// The limit is too low to serve anybody; the text says how many files are needed.
-pub(crate) fn fit(limits: &Limits) -> Result<Limits, String> {
-    let in_use =
+pub(crate) fn fit(limits: &Limits, strangers: u64) -> Result<Limits, String> {
+    let open =
         std::fs::read_dir("/proc/self/fd").map_or(ASSUMED, |open| u64::try_from(open.count()).unwrap_or(ASSUMED));
+    let in_use = open + strangers;
     let wanted = in_use + limits.descriptors_reserve + limits.handshakes + limits.connections;
     let allowed = getrlimit(Resource::Nofile);
     let mut current = allowed.current.unwrap_or(u64::MAX);

@@ -35,6 +35,8 @@ use tracing::Instrument as _;
 use crate::descriptors;
 use crate::pin_memory::StoredPinMemory;
 use kms_api as api;
+use kms_api::enrolment_door::EnrolmentDoor;
+use kms_api::enrolments::ServerAddress;
 use kms_api::intake::Intake;
 use kms_api::listener::{Listener, TransportLimits};
 use kms_api::telemetry::Call;
@@ -43,7 +45,7 @@ use kms_authz::Policy;
 use kms_base::Repetition;
 use kms_base::error::ServiceError;
 use kms_base::metrics;
-use kms_config::{Config, ConfigError};
+use kms_config::{Config, ConfigError, EnrolmentSection};
 use kms_ledger::{Committer, CommitterSettings, Door, RestoreSettings};
 use kms_policy::PolicyError;
 use kms_service::campaign::CampaignService;
@@ -66,6 +68,7 @@ use kms_service::shipment::ShipmentService;
 pub struct Server {
     config: Config,
     listener: Listener,
+    enrolment: Option<EnrolmentDoor>,
     tls: Arc<ServerTls>,
     authority: CertificateAuthority,
     policy: Policy,
@@ -81,7 +84,8 @@ impl Server {
     /// A file cannot be read or used; the error names it.
     #[boxed]
     pub async fn start(mut config: Config) -> Result<Self, ServerError> {
-        config.limits = descriptors::fit(&config.limits).map_err(ServerError::Descriptors)?;
+        let strangers = config.enrolment.as_ref().map_or(0, |_| config.limits.enrolment_connections);
+        config.limits = descriptors::fit(&config.limits, strangers).map_err(ServerError::Descriptors)?;
         let policy = kms_policy::load(config.policies.directory.as_deref())?;
         let profiles = Profiles::load(config.device_profiles.directory.as_deref()).map_err(ServerError::Profiles)?;
         let authority = read_authority(&config)?;
@@ -89,8 +93,16 @@ impl Server {
         let listener = Listener::bind(config.listen, Arc::clone(&tls), &config.limits)
             .await
             .map_err(|error| ServerError::Bind { address: config.listen, reason: error.to_string() })?;
+        let enrolment = match &config.enrolment {
+            Some(section) => Some(
+                EnrolmentDoor::bind(section.listen, Arc::clone(&tls), &config.limits)
+                    .await
+                    .map_err(|error| ServerError::Bind { address: section.listen, reason: error.to_string() })?,
+            ),
+            None => None,
+        };
         tracing::info!(policies = %hex::encode(policy.digest()), "policies loaded");
-        Ok(Self { config, listener, tls, authority, policy, profiles, opened: watch::Sender::new(None) })
+        Ok(Self { config, listener, enrolment, tls, authority, policy, profiles, opened: watch::Sender::new(None) })
     }
 
     /// The address that is bound.
@@ -99,6 +111,11 @@ impl Server {
     /// The operating system does not tell.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
+    }
+
+    /// The address of the enrolment door that is bound; `None`: there is none.
+    pub fn enrolment_addr(&self) -> Option<SocketAddr> {
+        self.enrolment.as_ref().and_then(|door| door.local_addr().ok())
     }
 
     /// A watch that gets the island when it is open.
@@ -131,7 +148,9 @@ impl Server {
         health.set_service_status("", ServingStatus::NotServing).await;
 
         let limits = TransportLimits::of(&self.config.limits);
-        let Self { config, listener, tls, authority, policy, profiles, opened } = self;
+        let Self { config, listener, enrolment, tls, authority, policy, profiles, opened } = self;
+        let ordinary = listener.local_addr().map_or(config.listen.port(), |address| address.port());
+        let devices = enrolment.as_ref().map(|door| (door.gate(), address_for_devices(&config, ordinary)));
         let scrub_period = config.scrub_hours.period();
         let retention = config.retention.days;
         let own = ServerCertificate {
@@ -143,6 +162,16 @@ impl Server {
         let (stop, stopping) = watch::channel(false);
         let stopped = async move |mut stopping: watch::Receiver<bool>| drop(stopping.wait_for(|stop| *stop).await);
         let signal = stopped(stopping.clone());
+        let end_of_enrolment = Box::pin(stopped(stopping.clone()));
+        let enrolling = async {
+            match enrolment {
+                Some(door) => door.serve(end_of_enrolment).await,
+                None => {
+                    end_of_enrolment.await;
+                    Ok(())
+                }
+            }
+        };
         let serving = limits.server().serve_with_incoming_shutdown(gate.clone(), listener.incoming(), signal);
         let island = Opening { config, authority, policy, profiles };
         let background = Background::default();
@@ -155,25 +184,32 @@ impl Server {
             background.add(OwnerService::new(Arc::clone(&island)).in_background(FOLLOWING_INTERVAL));
             background.add(ShipmentService::new(Arc::clone(&island)).in_background());
             background.add(RootService::new(Arc::clone(&island)).in_background(LEADING_INTERVAL));
+            if let Some((gate, address)) = devices {
+                gate.open(Arc::clone(&island), watched.clone(), address);
+            }
             let watch = CertificateWatch { island: Arc::clone(&island), authority: watched, own };
             background.add(tokio::spawn(watch.run()));
             opened.send_replace(Some(Arc::clone(&island)));
             report_health(&health, &island).await
         };
 
-        tokio::pin!(serving, shutdown);
+        tokio::pin!(serving, enrolling, shutdown);
         let outcome = tokio::select! {
             () = &mut shutdown => Ok(()),
             outcome = open => outcome.map(|never| match never {}),
             outcome = &mut serving => return outcome.map_err(|error| ServerError::Transport(error.to_string())),
+            outcome = &mut enrolling => return outcome.map_err(|error| ServerError::Transport(error.to_string())),
             () = tls.watch() => Ok(()),
         };
         stop.send_replace(true);
         // The passes have ended before the database is closed: one that fails because the server
         // stops would be logged as a fault.
-        let (served, ended) =
-            tokio::join!(tokio::time::timeout(GRACE, serving), tokio::time::timeout(GRACE, background.end()));
-        if served.is_err() {
+        let (served, enrolled, ended) = tokio::join!(
+            tokio::time::timeout(GRACE, serving),
+            tokio::time::timeout(GRACE, enrolling),
+            tokio::time::timeout(GRACE, background.end())
+        );
+        if served.is_err() || enrolled.is_err() {
             tracing::warn!("calls that did not end in time are cut off");
         }
         if ended.is_err() {
@@ -431,6 +467,14 @@ fn pin_memory(config: &Config, store: &Arc<dyn Store>) -> Result<Arc<StoredPinMe
         next_step: "correct `tls.private_key`, or the file".to_owned(),
     })?;
     Ok(Arc::new(memory))
+}
+
+/// Where devices that were enrolled find the ordinary listener.
+fn address_for_devices(config: &Config, port: u16) -> ServerAddress {
+    match config.enrolment.as_ref().and_then(EnrolmentSection::server) {
+        Some((host, port)) => ServerAddress { host: host.to_owned(), port },
+        None => ServerAddress { host: String::new(), port },
+    }
 }
 
 fn read_authority(config: &Config) -> Result<CertificateAuthority, ServerError> {

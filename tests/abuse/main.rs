@@ -18,6 +18,7 @@ mod campaigns;
 mod challenges;
 mod connections;
 mod counters;
+mod enrolment;
 mod fairness;
 mod floods;
 mod people;
@@ -62,6 +63,7 @@ const ATTACKS: &[Attack] = &[
     ("a15_recorded_key", || Box::pin(challenges::recorded_key())),
     ("floods_idle_connections", || Box::pin(floods::idle_connections())),
     ("floods_refused_calls", || Box::pin(floods::refused_calls())),
+    ("floods_enrolment_door", || Box::pin(enrolment::flood())),
     ("floods_scrubs", || Box::pin(floods::scrubs())),
 ];
 

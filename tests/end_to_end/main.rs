@@ -4,6 +4,7 @@
 mod bad_input;
 mod bounds;
 mod campaign;
+mod enrolment;
 mod frames;
 mod full_disk;
 mod group;

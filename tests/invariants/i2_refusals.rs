@@ -29,13 +29,18 @@ fn id() -> bytes::Bytes {
     new_request_id().octets().to_vec().into()
 }
 
+/// The one method that the ordinary listener does not offer: tests/end_to_end/enrolment.rs.
+const ELSEWHERE: &str = "Enrol";
+
 /// Every method of the contract, as the definitions have it.
 fn methods() -> BTreeSet<String> {
     let mut methods = BTreeSet::new();
     for file in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../proto/meterkms/v1")).unwrap() {
         let text = fs::read_to_string(file.unwrap().path()).unwrap();
         methods.extend(
-            text.lines().filter_map(|line| line.trim().strip_prefix("rpc ")?.split('(').next().map(str::to_owned)),
+            text.lines()
+                .filter_map(|line| line.trim().strip_prefix("rpc ")?.split('(').next().map(str::to_owned))
+                .filter(|method| method != ELSEWHERE),
         );
     }
     methods
@@ -124,6 +129,40 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
     );
     call!("ListPrincipals", "listPrincipals", principals.list_principals(proto::ListPrincipalsRequest {}));
     call!("WhoAmI", "", principals.who_am_i(proto::WhoAmIRequest {}));
+
+    let code = || Some(proto::CodeDigest { code_id: vec![7; 6].into(), sha256: vec![7; 32].into() });
+    call!(
+        "InviteHandheld",
+        "inviteHandheld",
+        handhelds.invite_handheld(proto::InviteHandheldRequest {
+            request_id: id(),
+            name: "h-99".to_owned(),
+            technician: "Eve".to_owned(),
+            code: code(),
+            ..Default::default()
+        })
+    );
+    call!(
+        "HandOverHandheld",
+        "handOverHandheld",
+        handhelds.hand_over_handheld(proto::HandOverHandheldRequest {
+            request_id: id(),
+            name: "handheld".to_owned(),
+            technician: "Eve".to_owned(),
+            code: code(),
+            ..Default::default()
+        })
+    );
+    call!(
+        "WithdrawInvitation",
+        "withdrawInvitation",
+        handhelds.withdraw_invitation(proto::WithdrawInvitationRequest {
+            request_id: id(),
+            name: "h-99".to_owned(),
+            reason: reason()
+        })
+    );
+    call!("ListHandhelds", "listHandhelds", handhelds.list_handhelds(proto::ListHandheldsRequest {}));
 
     call!("ShowRoots", "showRoots", roots.show_roots(proto::ShowRootsRequest {}));
     call!(

@@ -256,6 +256,12 @@ impl DevServer {
         self.profile("officer-1").server().to_owned()
     }
 
+    /// Where devices enrol.
+    pub fn enrolment_address(&self) -> SocketAddr {
+        let (_, after) = self.printed.split_once("handhelds enrol at ").expect("it prints where devices enrol");
+        after.split_whitespace().next().unwrap().parse().unwrap()
+    }
+
     /// The memory that the process holds, in octets (VmRSS).
     pub fn resident_octets(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.0.id())).unwrap();

@@ -18,6 +18,8 @@ import sys
 from cryptography.hazmat.primitives import cmac, hashes, keywrap, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.x963kdf import X963KDF
 from dlms_cosem import cosem, enumerations
 from dlms_cosem.protocol import acse, xdlms
@@ -498,6 +500,42 @@ def association():
     }
 
 
+# Enrolment codes, and the file of a device
+
+
+def crockford(octets):
+    number = int.from_bytes(octets, "big")
+    length = len(octets) * 8 // 5
+    return "".join("0123456789ABCDEFGHJKMNPQRSTVWXYZ"[number >> 5 * (length - 1 - at) & 31] for at in range(length))
+
+
+def enrolment_code():
+    name, root = "h-17", fixed("root certificate", 300)
+    public, secret = fixed("public part", 6), fixed("secret of the code", 15)
+    content = public + secret + hashlib.sha256(root).digest()[:16]
+    check = hashlib.sha256(b"meterkms/enrolment-code-check" + name.encode() + bytes(1) + content).digest()[:3]
+    symbols = crockford(content + check)
+    return {
+        "name": name,
+        "root": root.hex(),
+        "public": public.hex(),
+        "secret": secret.hex(),
+        "text": name + "/" + "-".join(symbols[at : at + 4] for at in range(0, len(symbols), 4)),
+        "digest": hashlib.sha256(b"meterkms/enrolment-code" + name.encode() + bytes(1) + public + secret).hexdigest(),
+    }
+
+
+def device():
+    pin, content = "correct horse battery staple", b'{"handheld":"urn:meterkms:north:handheld:h-17"}'
+    header = b"KMSFIELD\x01" + fixed("salt", 16) + fixed("nonce", 12)
+    key = Argon2id(salt=fixed("salt", 16), length=32, iterations=3, lanes=4, memory_cost=65536).derive(pin.encode())
+    return {
+        "pin": pin,
+        "content": content.hex(),
+        "file": (header + AESGCM(key).encrypt(fixed("nonce", 12), content, header)).hex(),
+    }
+
+
 def main():
     vectors = {
         "diversified": diversified(),
@@ -510,6 +548,8 @@ def main():
         "audit": audit(),
         "shipment": shipment(),
         "association": association(),
+        "enrolment_code": enrolment_code(),
+        "device": device(),
     }
     output = json.dumps(vectors, indent=1) + "\n"
     if sys.argv[1:] == ["--check"]:

@@ -57,3 +57,11 @@ pub(super) fn handheld(text: &str) -> Result<String, String> {
 pub(super) fn digest(text: &str) -> Result<[u8; 32], String> {
     hex::decode(text).ok().and_then(|octets| octets.try_into().ok()).ok_or_else(|| "not 64 hex digits".to_owned())
 }
+
+/// The name of a handheld: the last part of its URI.
+pub(crate) fn handheld_name(text: &str) -> Result<String, String> {
+    let any = kms_domain::IslandName::parse("any").map_err(|error| error.to_string())?;
+    kms_domain::PrincipalId::new(any, kms_domain::Role::Handheld, text)
+        .map(|id| id.name().to_owned())
+        .map_err(|error| error.reason().to_owned())
+}

@@ -350,6 +350,34 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
         Event::RootDestroyed(event) => {
             ("root destruction", format!("{}/{} {}", event.root, event.version, event.change))
         }
+        Event::HandheldInvited(event) => (
+            "handheld invited",
+            format!("{} for {}, until {}", event.handheld, event.technician, output::time(event.expires_ms)),
+        ),
+        Event::InvitationWithdrawn(event) => ("invitation withdrawn", format!("{}: {}", event.handheld, event.reason)),
+        Event::WrongEnrolmentCode(event) => {
+            let ended = if event.ended { ", which ended the invitation" } else { "" };
+            ("wrong enrolment code", format!("{}: wrong code number {}{ended}", event.handheld, event.wrong_codes))
+        }
+        Event::HandheldEnrolled(event) => (
+            "handheld enrolled",
+            format!(
+                "{} for {}, {}, invited by {}",
+                event.handheld, event.technician, event.assurance, event.invited_by
+            ),
+        ),
+        Event::HandheldHandedOver(event) => {
+            let from = if event.from.is_empty() { String::new() } else { format!(" from {}", event.from) };
+            (
+                "handheld handed over",
+                format!(
+                    "{}{from} to {}, {} ended",
+                    event.handheld,
+                    event.to,
+                    plural(event.ended.len() as u64, "certificate")
+                ),
+            )
+        }
         Event::CeremonyHeld(event) => (
             "ceremony",
             format!(
@@ -434,6 +462,7 @@ fn row_kind(kind: u32) -> String {
         8 => "campaign".into(),
         9 => "root rotation".into(),
         12 => "proposal".into(),
+        13 => "invitation".into(),
         14 => "work order".into(),
         0 => "log".into(),
         other => other.to_string(),

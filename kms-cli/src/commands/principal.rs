@@ -194,8 +194,16 @@ async fn list(context: &Context) -> Result<(), Failure> {
     context.output.show(
         || json::message("ListPrincipalsResponse", &answer),
         || {
-            let mut rows =
-                Rows::new(&["principal", "status", "person", "client titles", "certificate until", "transport key"]);
+            let mut rows = Rows::new(&[
+                "principal",
+                "status",
+                "person",
+                "client titles",
+                "certificate until",
+                "transport key",
+                "assurance",
+            ])
+            .sentences(&[6]);
             for principal in &answer.principals {
                 rows.row([
                     principal.principal.clone(),
@@ -204,6 +212,7 @@ async fn list(context: &Context) -> Result<(), Failure> {
                     titles(principal),
                     output::end(principal.certificate_not_after_ms),
                     output::yes(principal.has_transport_key),
+                    principal.assurance.clone(),
                 ]);
             }
             rows.text_or("no principals")
@@ -252,7 +261,8 @@ fn principal_facts(principal: &proto::Principal) -> Vec<(&'static str, String)> 
     let mut facts = vec![
         ("principal", principal.principal.clone()),
         ("status", principal.status.clone()),
-        ("person", principal.person.clone()),
+        (if principal.assurance.is_empty() { "person" } else { "technician" }, principal.person.clone()),
+        ("assurance", principal.assurance.clone()),
         ("client titles", titles(principal)),
         ("certificate until", output::time(principal.certificate_not_after_ms)),
         ("transport key", transport_key.to_owned()),

@@ -335,6 +335,39 @@ fn adding_a_principal_makes_its_key_here_and_a_profile_that_works() {
 }
 
 #[test]
+fn a_code_is_made_here_and_names_the_root_of_the_officers_profile() {
+    let server = Server::start();
+    let output = server.kms(&["handheld", "invite", "h-15", "--technician", "Tom Field", "--minutes", "15"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let shown = text(&output.stdout);
+    for words in ["h-15", "Tom Field", "pending until 2026-", "kms field enrol HOST:PORT h-15/"] {
+        assert!(shown.contains(words), "{words}: {shown}");
+    }
+    let output = server.kms(&["--output", "json", "handheld", "invite", "h-17", "--technician", "Tom Field"]);
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let code = kms_client::field::EnrolmentCode::parse(json["code"].as_str().unwrap()).unwrap();
+    let root = rustls_pki_types::pem::PemObject::from_pem_file(server.profile().directory().join("ca.pem"));
+    let root: rustls_pki_types::CertificateDer<'_> = root.unwrap();
+    assert!(code.is_root(&root) && code.name() == "h-17");
+    let again = server.kms(&["--output", "json", "handheld", "invite", "h-17", "--technician", "Tom Field"]);
+    assert_ne!(serde_json::from_slice::<Value>(&again.stdout).unwrap()["code"], json["code"]);
+    // A server that names a root of its own.
+    let output = server.kms(&["handheld", "invite", "h-66", "--technician", "Tom Field"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("another root certificate") && !text(&output.stdout).contains("h-66/"));
+
+    assert_eq!(server.kms(&["handheld", "hand-over", "h-17", "--technician", "Una"]).status.code(), Some(2));
+    let handed = text(&server.kms(&["handheld", "hand-over", "h-17", "--technician", "Una Field", "--yes"]).stdout);
+    assert!(handed.contains("Una Field") && handed.contains("h-17/"), "{handed}");
+    let withdrawn = server.kms(&["handheld", "withdraw-invitation", "h-18", "--reason", "wrong person"]);
+    assert!(text(&withdrawn.stdout).contains("withdrawn"));
+    let listed = text(&server.kms(&["handheld", "list"]).stdout);
+    for words in ["h-17", "Tom Field", "software", "used", "h-18", "not enrolled", "Una Field", "2 wrong codes"] {
+        assert!(listed.contains(words), "{words}: {listed}");
+    }
+}
+
+#[test]
 fn groups_and_device_types_have_keys_of_their_own() {
     let server = Server::start();
     let shown = |arguments: &[&str]| {
@@ -464,6 +497,7 @@ impl Server {
             .add_service(exposure_service_server::ExposureServiceServer::new(mock.clone()))
             .add_service(campaign_service_server::CampaignServiceServer::new(mock.clone()))
             .add_service(work_order_service_server::WorkOrderServiceServer::new(OrderMock::default()))
+            .add_service(handheld_service_server::HandheldServiceServer::new(mock.clone()))
             .add_service(grant_service_server::GrantServiceServer::new(mock));
         runtime.spawn(router.serve_with_incoming(incoming));
 
@@ -683,6 +717,75 @@ impl principal_service_server::PrincipalService for Mock {
 
     async fn who_am_i(&self, _: Request<WhoAmIRequest>) -> Answer<Principal> {
         Ok(Response::new(Principal { principal: PRINCIPAL.into(), status: "enabled".into(), ..Default::default() }))
+    }
+}
+
+impl Mock {
+    fn invitation(&self, name: &str, technician: String, code: Option<CodeDigest>) -> Answer<Invitation> {
+        let code = code.unwrap();
+        assert_eq!((code.code_id.len(), code.sha256.len()), (6, 32));
+        Ok(Response::new(Invitation {
+            handheld: format!("urn:meterkms:dev:handheld:{name}"),
+            technician,
+            state: "pending".into(),
+            occasion: "first".into(),
+            code_id: code.code_id,
+            invited_by: PRINCIPAL.into(),
+            expires_ms: 1_795_165_200_000,
+            // A server that names another root wants devices to trust another server.
+            root_certificate: if name == "h-66" { vec![1; 300].into() } else { self.authority.root.clone().into() },
+            ..Default::default()
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl handheld_service_server::HandheldService for Mock {
+    async fn invite_handheld(&self, request: Request<InviteHandheldRequest>) -> Answer<Invitation> {
+        let message = request.into_inner();
+        assert_eq!(message.lifetime_seconds, if message.name == "h-15" { 900 } else { 0 });
+        self.invitation(&message.name, message.technician, message.code)
+    }
+
+    async fn hand_over_handheld(&self, request: Request<HandOverHandheldRequest>) -> Answer<Invitation> {
+        let message = request.into_inner();
+        self.invitation(&message.name, message.technician, message.code)
+    }
+
+    async fn withdraw_invitation(&self, request: Request<WithdrawInvitationRequest>) -> Answer<Invitation> {
+        let message = request.into_inner();
+        let handheld = format!("urn:meterkms:dev:handheld:{}", message.name);
+        Ok(Response::new(Invitation { handheld, state: "withdrawn".into(), ..Default::default() }))
+    }
+
+    async fn list_handhelds(&self, _: Request<ListHandheldsRequest>) -> Answer<ListHandheldsResponse> {
+        let principal = Principal {
+            principal: "urn:meterkms:dev:handheld:h-17".into(),
+            status: "enabled".into(),
+            person: "Tom Field".into(),
+            assurance: "software".into(),
+            ..Default::default()
+        };
+        let invitation = |state: &str, wrong_codes| Invitation {
+            technician: "Una Field".into(),
+            state: state.into(),
+            expires_ms: 1_795_165_200_000,
+            wrong_codes,
+            ..Default::default()
+        };
+        let handhelds = vec![
+            Handheld {
+                handheld: principal.principal.clone(),
+                principal: Some(principal),
+                invitation: Some(invitation("used", 0)),
+            },
+            Handheld {
+                handheld: "urn:meterkms:dev:handheld:h-18".into(),
+                principal: None,
+                invitation: Some(invitation("pending", 2)),
+            },
+        ];
+        Ok(Response::new(ListHandheldsResponse { handhelds }))
     }
 }
 

@@ -55,7 +55,7 @@ struct Share {
 
 /// An IPv4 address, or the /64 of an IPv6 address: what one subscriber has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Network {
+pub(crate) enum Network {
     Four([u8; 4]),
     Six([u8; 8]),
 }

@@ -4,12 +4,16 @@
 mod audit;
 mod campaigns;
 mod doorway;
+pub mod enrolment_door;
+pub mod enrolments;
 mod exposures;
 mod frames;
 mod grants;
+mod handhelds;
 mod hsm;
 pub mod intake;
 pub mod listener;
+mod lobby;
 mod messages;
 mod meters;
 mod methods;
@@ -36,6 +40,7 @@ use kms_proto::v1::exposure_service_server::ExposureServiceServer;
 use kms_proto::v1::frame_service_server::FrameServiceServer;
 use kms_proto::v1::grant_service_server::GrantServiceServer;
 use kms_proto::v1::group_service_server::GroupServiceServer;
+use kms_proto::v1::handheld_service_server::HandheldServiceServer;
 use kms_proto::v1::hsm_service_server::HsmServiceServer;
 use kms_proto::v1::meter_service_server::MeterServiceServer;
 use kms_proto::v1::principal_service_server::PrincipalServiceServer;
@@ -49,6 +54,7 @@ use tonic::service::Routes;
 
 use kms_base::bounds::{Bound, Limits};
 use kms_service::certificate::CertificateAuthority;
+use kms_service::handheld::HandheldService;
 use kms_service::island::IslandContext;
 use kms_service::principal::Principals;
 
@@ -56,6 +62,7 @@ use kms_service::principal::Principals;
 pub fn routes(island: Arc<IslandContext>, authority: CertificateAuthority, limits: &Limits) -> Routes {
     // `intake` compares each message with the bound of its method. This bound is the second line.
     let most = limits.number(Bound::LargeMessageOctets);
+    let handhelds = HandheldService::new(Arc::clone(&island), &authority);
     let principals = Arc::new(Principals::new(Arc::clone(&island), authority, limits.principal_days()));
     let owners = owners::OwnerApi::new(Arc::clone(&island));
     let campaigns = campaigns::CampaignApi::new(Arc::clone(&island));
@@ -94,6 +101,7 @@ pub fn routes(island: Arc<IslandContext>, authority: CertificateAuthority, limit
             ExposureServiceServer::new(exposures::ExposureApi::new(Arc::clone(&island)))
                 .max_decoding_message_size(most),
         )
+        .add_service(HandheldServiceServer::new(handhelds::HandheldApi::new(handhelds)).max_decoding_message_size(most))
         .add_service(AuditServiceServer::new(audit::AuditApi::new(Arc::clone(&island))).max_decoding_message_size(most))
         .add_service(HsmServiceServer::new(hsm::HsmApi::new(island)).max_decoding_message_size(most))
         .prepare()

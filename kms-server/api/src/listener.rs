@@ -42,6 +42,11 @@ impl TransportLimits {
         Self { streams: narrow(Bound::StreamsPerConnection), headers: narrow(Bound::HeaderOctets) }
     }
 
+    /// The limits of connections of strangers: one call at a time.
+    pub(crate) fn of_strangers(limits: &Limits) -> Self {
+        Self { streams: 1, ..Self::of(limits) }
+    }
+
     /// A tonic server with these limits. The window of the connection bounds octets that no service
     /// has read yet. A client that resets streams faster than they end is disconnected
     /// (CVE-2023-44487).

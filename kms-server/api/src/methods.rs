@@ -66,7 +66,7 @@ fn bound_of(service: &str, method: &str) -> Bound {
         | ("GroupService", "ChangeGroupMembers")
         | ("TaskService", "HeartbeatTasks" | "ReleaseTasks")
         | ("WorkOrderService", "ChangeWorkOrder") => Bound::BatchMessageOctets,
-        ("PrincipalService", _) => Bound::CertificateMessageOctets,
+        ("PrincipalService" | "EnrolmentService", _) => Bound::CertificateMessageOctets,
         _ => Bound::MessageOctets,
     }
 }
@@ -141,7 +141,21 @@ mod tests {
             revision: u32::MAX,
             content: Some(content(5_000)),
         };
-        let largest: [(&str, usize); 10] = [
+        let enrol = v1::EnrolRequest {
+            certificate_request: vec![0; 16_384].into(),
+            transport_certificate_request: vec![0; 16_384].into(),
+            ..Default::default()
+        };
+        let invite = v1::InviteHandheldRequest {
+            request_id: id(),
+            name: long(64),
+            technician: long(64),
+            client_titles: vec![title(); 64],
+            ..Default::default()
+        };
+        let largest: [(&str, usize); 12] = [
+            ("EnrolmentService/Enrol", enrol.encoded_len()),
+            ("HandheldService/InviteHandheld", invite.encoded_len()),
             (
                 "WorkOrderService/CreateWorkOrders",
                 v1::CreateWorkOrdersRequest { request_id: id(), orders }.encoded_len(),

@@ -2,7 +2,7 @@
 //! security setups, reasons.
 
 use kms_base::error::ServiceError;
-use kms_domain::{RequestId, SecuritySetupId};
+use kms_domain::{RequestId, SecuritySetupId, SystemTitle};
 use kms_service::Request;
 use kms_service::request_digest::request_digest;
 
@@ -34,6 +34,25 @@ pub(crate) fn parse_group_name(name: String, field: &str) -> Result<String, Serv
     }
 }
 
+/// Client system titles, at most 64, each once.
+pub(crate) fn parse_client_titles(octets: &[bytes::Bytes]) -> Result<Vec<SystemTitle>, ServiceError> {
+    if octets.len() > MOST_CLIENT_TITLES {
+        return Err(ServiceError::invalid(
+            "client_titles",
+            format!("{} titles; at most {MOST_CLIENT_TITLES}", octets.len()),
+        ));
+    }
+    let mut titles = Vec::with_capacity(octets.len());
+    for (at, title) in octets.iter().enumerate() {
+        let title = SystemTitle::from_octets(title).map_err(ServiceError::parse(format!("client_titles[{at}]")))?;
+        if titles.contains(&title) {
+            return Err(ServiceError::invalid(format!("client_titles[{at}]"), "it occurs twice"));
+        }
+        titles.push(title);
+    }
+    Ok(titles)
+}
+
 /// The reason of an act that needs one.
 pub(crate) fn parse_reason(reason: String) -> Result<String, ServiceError> {
     if reason.trim().is_empty() || reason.len() > LONGEST_REASON {
@@ -54,6 +73,7 @@ pub(crate) fn parse_optional_reason(reason: String) -> Result<String, ServiceErr
 }
 
 const LONGEST_REASON: usize = 256;
+const MOST_CLIENT_TITLES: usize = 64;
 
 #[cfg(test)]
 mod tests {

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use kms_domain::{PersonName, PrincipalId, ProposalId, Quorum, RequestId, Role, SystemTitle};
+use kms_domain::{PersonName, PrincipalId, ProposalId, Quorum, RequestId, Role};
 use kms_proto::v1;
 use kms_proto::v1::principal_service_server::PrincipalService;
 use tonic::{Request, Response, Status};
 
-use crate::parse::{self, parse_optional_reason};
+use crate::parse::{self, parse_client_titles, parse_optional_reason};
 use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
@@ -173,20 +173,7 @@ fn new_principal(message: v1::AddPrincipalRequest) -> Result<NewPrincipal, Servi
         (true, _) => None,
         (false, _) => Some(PersonName::parse(&message.person).map_err(ServiceError::parse("person"))?),
     };
-    if message.client_titles.len() > MOST_CLIENT_TITLES {
-        return Err(ServiceError::invalid(
-            "client_titles",
-            format!("{} titles; at most {MOST_CLIENT_TITLES}", message.client_titles.len()),
-        ));
-    }
-    let mut client_titles = Vec::with_capacity(message.client_titles.len());
-    for (at, title) in message.client_titles.iter().enumerate() {
-        let title = SystemTitle::from_octets(title).map_err(ServiceError::parse(format!("client_titles[{at}]")))?;
-        if client_titles.contains(&title) {
-            return Err(ServiceError::invalid(format!("client_titles[{at}]"), "it occurs twice"));
-        }
-        client_titles.push(title);
-    }
+    let client_titles = parse_client_titles(&message.client_titles)?;
     Ok(NewPrincipal {
         request: RequestId::from_octets(&message.request_id).map_err(ServiceError::parse("request_id"))?,
         id,
@@ -196,8 +183,6 @@ fn new_principal(message: v1::AddPrincipalRequest) -> Result<NewPrincipal, Servi
         shipment_key,
     })
 }
-
-const MOST_CLIENT_TITLES: usize = 64;
 
 #[cfg(test)]
 mod tests {

@@ -24,7 +24,16 @@ use tokio::signal::unix::{SignalKind, signal};
 /// configuration that it began with.
 pub struct ServerTls {
     files: TlsFiles,
-    current: ArcSwap<ServerConfig>,
+    current: ArcSwap<Configurations>,
+}
+
+/// The same certificate for both listeners.
+struct Configurations {
+    /// Mutual TLS.
+    mutual: Arc<ServerConfig>,
+    /// For devices that have no certificate yet. The chain ends with the root, which they know only
+    /// by its digest.
+    strangers: Arc<ServerConfig>,
 }
 
 impl ServerTls {
@@ -33,13 +42,19 @@ impl ServerTls {
     /// # Errors
     /// A file cannot be read or has other content, or the files do not belong together.
     pub fn load(files: TlsFiles) -> Result<Self, TlsError> {
-        let current = ArcSwap::from(files.server_config()?);
+        let current = ArcSwap::from_pointee(files.configurations()?);
         Ok(Self { files, current })
     }
 
     /// The configuration for the next handshake.
     pub fn current(&self) -> Arc<ServerConfig> {
-        self.current.load_full()
+        Arc::clone(&self.current.load().mutual)
+    }
+
+    /// The configuration for the next handshake at the enrolment door, without a client
+    /// certificate.
+    pub(crate) fn current_for_strangers(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.current.load().strangers)
     }
 
     /// Reads the files again.
@@ -47,7 +62,7 @@ impl ServerTls {
     /// # Errors
     /// As [`Self::load`]; then the configuration in use stays.
     pub fn reload(&self) -> Result<(), TlsError> {
-        self.current.store(self.files.server_config()?);
+        self.current.store(Arc::new(self.files.configurations()?));
         Ok(())
     }
 
@@ -88,7 +103,7 @@ impl ServerTls {
 
 /// The files of a configuration, as TLS reads them.
 trait Readable {
-    fn server_config(&self) -> Result<Arc<ServerConfig>, TlsError>;
+    fn configurations(&self) -> Result<Configurations, TlsError>;
     /// The values that change when a file is replaced: modification time, length and inode.
     fn stamps(&self) -> Vec<Option<Stamp>>;
 }
@@ -96,13 +111,14 @@ trait Readable {
 type Stamp = (std::time::SystemTime, u64, u64);
 
 impl Readable for TlsFiles {
-    fn server_config(&self) -> Result<Arc<ServerConfig>, TlsError> {
+    fn configurations(&self) -> Result<Configurations, TlsError> {
         let chain = read_pem::<CertificateDer<'static>>(&self.certificate, "certificate")?;
         refuse_foreign_readers(&self.private_key)?;
         let key = PrivateKeyDer::from_pem_file(&self.private_key)
             .map_err(|error| TlsError::read(&self.private_key, "private key", error))?;
         let mut roots = RootCertStore::empty();
-        for certificate in read_pem::<CertificateDer<'static>>(&self.client_ca, "client CA certificate")? {
+        let authorities = read_pem::<CertificateDer<'static>>(&self.client_ca, "client CA certificate")?;
+        for certificate in authorities.iter().cloned() {
             roots.add(certificate).map_err(|error| TlsError::unusable(&self.client_ca, error))?;
         }
         let provider = Arc::new(provider());
@@ -115,17 +131,25 @@ impl Readable for TlsFiles {
             verifier = verifier.only_check_end_entity_revocation().enforce_revocation_expiration();
         }
         let verifier = verifier.build().map_err(|error| TlsError::unusable(&self.client_ca, error))?;
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(|error| TlsError::unusable(&self.certificate, error))?
-            .with_client_cert_verifier(verifier)
-            .with_single_cert(chain, key)
-            .map_err(|error| TlsError::unusable(&self.certificate, error))?;
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        // No resumption: each connection proves its certificate against the present CA and CRLs.
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
-        Ok(Arc::new(config))
+        let mut whole_chain = chain.clone();
+        whole_chain.extend(authorities.into_iter().filter(|authority| !chain.contains(authority)));
+        let builder = || {
+            ServerConfig::builder_with_provider(Arc::clone(&provider))
+                .with_protocol_versions(&[&rustls::version::TLS13])
+                .map_err(|error| TlsError::unusable(&self.certificate, error))
+        };
+        let finished = |config: Result<ServerConfig, rustls::Error>| {
+            let mut config = config.map_err(|error| TlsError::unusable(&self.certificate, error))?;
+            config.alpn_protocols = vec![b"h2".to_vec()];
+            // No resumption: each connection proves its certificate against the present CA and
+            // CRLs.
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.send_tls13_tickets = 0;
+            Ok::<_, TlsError>(Arc::new(config))
+        };
+        let mutual = builder()?.with_client_cert_verifier(verifier).with_single_cert(chain, key.clone_key());
+        let strangers = builder()?.with_no_client_auth().with_single_cert(whole_chain, key);
+        Ok(Configurations { mutual: finished(mutual)?, strangers: finished(strangers)? })
     }
 
     fn stamps(&self) -> Vec<Option<Stamp>> {

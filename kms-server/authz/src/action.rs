@@ -270,6 +270,14 @@ actions! {
     }
     /// All principals.
     ListPrincipals = "listPrincipals" on Island
+    /// Inviting a device to be enrolled as a handheld, and the enrolment with that invitation.
+    InviteHandheld = "inviteHandheld" on Island
+    /// Handing a handheld over to another technician: its keys end, and it is invited again.
+    HandOverHandheld = "handOverHandheld" on Island
+    /// Withdrawing the invitation of a handheld.
+    WithdrawInvitation = "withdrawInvitation" on Island
+    /// All handhelds and their invitations.
+    ListHandhelds = "listHandhelds" on Island
     /// Grants.
     ListGrants = "listGrants" on Island {
         /// Only the caller's own.

@@ -12,7 +12,7 @@ use std::{
 };
 
 use kms_base::ServiceError;
-use kms_domain::{DeviceType, Group, MeterClass, Principal, PrincipalId};
+use kms_domain::{Assurance, DeviceType, Group, MeterClass, Principal, PrincipalId, Role};
 
 use crate::{Action, Quotas};
 
@@ -116,11 +116,21 @@ pub struct PrincipalFacts {
     pub principal: PrincipalId,
     /// The generation of its sealed row.
     pub revision: u64,
+    /// Of a handheld: the person who carries it.
+    pub technician: Option<String>,
+    /// Of a handheld: where it has its keys, as it said when it was enrolled.
+    pub assurance: Option<Assurance>,
 }
 
 /// What policies may know about a principal.
 pub fn facts(principal: &Principal) -> PrincipalFacts {
-    PrincipalFacts { principal: principal.id.clone(), revision: u64::from(principal.revision) }
+    let is_handheld = principal.id.role() == Role::Handheld;
+    PrincipalFacts {
+        principal: principal.id.clone(),
+        revision: u64::from(principal.revision),
+        technician: principal.person.as_ref().filter(|_| is_handheld).map(|person| person.as_str().to_owned()),
+        assurance: principal.assurance,
+    }
 }
 
 /// The resource of an action.
@@ -265,7 +275,7 @@ const DECISIONS_PER_SHARD: usize = 1_024;
 
 #[cfg(test)]
 mod tests {
-    use kms_domain::{IslandName, Role};
+    use kms_domain::IslandName;
 
     use super::*;
 
@@ -274,7 +284,7 @@ mod tests {
         let decisions = Decisions::default();
         for revision in 0..40_000 {
             let principal = PrincipalId::new(IslandName::parse("north").unwrap(), Role::Officer, "ada").unwrap();
-            let principal = PrincipalFacts { principal, revision };
+            let principal = PrincipalFacts { principal, revision, technician: None, assurance: None };
             decisions.of(&principal, &Action::Scrub, &Resource::Island, || PolicyDecision::Deny);
         }
         let remembered: usize = decisions.shards.iter().map(|shard| shard.read().unwrap().len()).sum();

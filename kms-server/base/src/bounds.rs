@@ -34,6 +34,8 @@ pub enum Scope {
     Token,
     /// One invocation counter: a client title under one version of a key.
     Counter,
+    /// One invitation of a handheld.
+    Invitation,
 }
 
 impl fmt::Display for Scope {
@@ -48,6 +50,7 @@ impl fmt::Display for Scope {
             Self::File => "file",
             Self::Token => "token",
             Self::Counter => "counter",
+            Self::Invitation => "invitation",
         })
     }
 }
@@ -196,6 +199,20 @@ bounds! {
         "From the end of a work order, or of its time, to the removal of its place: it often is a person's home. The rest of the order stays for the audit";
     PrincipalCertificateDays principal_certificate_days = 365, 1 => 3_650, "days", Principal,
         "The validity of certificates of principals";
+    HandheldCertificateDays handheld_certificate_days = 7, 1 => 90, "days", Principal,
+        "The validity of certificates of handhelds: a lost device that nobody reports opens no connection after this time. A device renews in the second half of it, so half of it is the longest time without a connection";
+    InvitationMinutes invitation_minutes = 60, 1 => 1_440, "minutes", Invitation,
+        "How long the one-time code of a handheld is accepted at most";
+    WrongCodesPerInvitation wrong_codes_per_invitation = 5, 1 => 100, "codes", Invitation,
+        "Wrong codes with the right public part: they end the invitation. A code has 120 random bits, so this is for the typist";
+    EnrolmentConnections enrolment_connections = 64, 4 => 1_024, "connections", Server,
+        "Connections to the enrolment door, with their handshakes. They are strangers: they take no place of the other bounds, and one call at a time each";
+    EnrolmentConnectionsPerAddress enrolment_connections_per_address = 8, 1 => 1_024, "connections", Address,
+        "One host does not take all places of the enrolment door. Raise it if a proxy hides the addresses of devices";
+    EnrolmentSeconds enrolment_seconds = 30, 5 => 300, "seconds", Connection,
+        "From the connection of a device to its end: an enrolment takes two seconds";
+    EnrolmentCallsPerAddressAndHour enrolment_calls_per_address_and_hour = 120, 1 => 1_000_000, "calls", Address,
+        "Attempts to enrol, right or wrong. Raise it if a proxy hides the addresses of devices";
     ServerCertificateDays server_certificate_days = 365, 1 => 3_650, "days", Server,
         "The validity of the server's own certificate, which it renews in the last third of that time";
 }
@@ -287,6 +304,11 @@ impl Limits {
     /// Days for which principals' certificates are issued.
     pub fn principal_days(&self) -> u16 {
         u16::try_from(self.principal_certificate_days).unwrap_or(u16::MAX)
+    }
+
+    /// Days for which handhelds' certificates are issued.
+    pub fn handheld_days(&self) -> u16 {
+        u16::try_from(self.handheld_certificate_days).unwrap_or(u16::MAX)
     }
 
     /// Days for which server certificates are issued.

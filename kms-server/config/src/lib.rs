@@ -2,6 +2,7 @@
 //! typing error is not a setting that silently does nothing. `docs/kms-server.toml` is a commented
 //! example.
 
+mod enrolment;
 mod error;
 mod hsm;
 mod secret;
@@ -19,6 +20,7 @@ use kms_domain::{IslandName, Retention};
 use kms_ledger::RestoreSettings;
 use serde::{Deserialize, Deserializer, de};
 
+pub use enrolment::EnrolmentSection;
 pub use error::ConfigError;
 pub use hsm::{ClassesSection, HsmSection, TokenSection};
 pub use secret::SecretSource;
@@ -58,6 +60,8 @@ pub struct Config {
     pub watermark: Option<PathBuf>,
     /// Certificates of the listener.
     pub tls: TlsSection,
+    /// The listener that enrols handhelds. Default: none.
+    pub enrolment: Option<EnrolmentSection>,
     /// The database.
     pub storage: StorageSection,
     /// The HSM tokens.
@@ -110,6 +114,7 @@ impl Config {
         config.hsm.check()?;
         config.limits.check()?;
         config.storage.check()?;
+        config.enrolment.as_ref().map_or(Ok(()), EnrolmentSection::check)?;
         Ok(config)
     }
 }
@@ -241,6 +246,8 @@ pin = { file = "pin" }
     fn slips_are_refused() {
         let token = "[[hsm.token]]\nname = \"second\"\nmodule = \"m\"\nlabel = \"l\"\npin = { env = \"PIN\" }\n";
         let cases = [
+            (format!("{LEAST}[enrolment]\n"), "listen"),
+            (format!("{LEAST}[enrolment]\nlisten = \"127.0.0.1:7444\"\nserver = \"kms\"\n"), "[enrolment] server"),
             (LEAST.replace("island =", "iland ="), "iland"),
             (LEAST.replace("island = \"north\"", "island = \"North\""), "island"),
             (LEAST.replace("sqlite = \"island.db\"", ""), "storage"),

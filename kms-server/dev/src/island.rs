@@ -35,7 +35,7 @@ use kms_store::StoreConfig;
 use tokio::sync::oneshot;
 
 use crate::Failure;
-use kms_config::{Config, SecretSource};
+use kms_config::{Config, EnrolmentSection, SecretSource};
 use kms_server::server::Server;
 use kms_service::profiles::Profiles;
 use kms_service::{
@@ -51,6 +51,8 @@ pub(crate) struct DevSettings {
     pub(crate) state: PathBuf,
     /// Where it listens.
     pub(crate) listen: SocketAddr,
+    /// Where devices enrol.
+    pub(crate) enrolment: SocketAddr,
     /// The database, as a `postgres://` address, where it is not SQLite in the folder. Only at the
     /// first start.
     pub(crate) database: Option<String>,
@@ -65,7 +67,7 @@ pub(crate) struct DevSettings {
 /// # Errors
 /// The reason, as text.
 pub(crate) async fn run(settings: DevSettings, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), Failure> {
-    let listen = settings.listen;
+    let (listen, enrolment) = (settings.listen, settings.enrolment);
     let state = State::open(settings)?;
     state.enter_token_directory()?;
     let began = Instant::now();
@@ -77,6 +79,7 @@ pub(crate) async fn run(settings: DevSettings, stop: impl Future<Output = ()> + 
 
     let mut config = Config::load(&state.configuration())?;
     config.listen = listen;
+    config.enrolment = Some(EnrolmentSection { listen: enrolment, server: None });
     for token in config.hsm.tokens.iter_mut().filter(|token| token.module.ends_with(MODULE)) {
         // A new build may have its module in another place.
         token.module = module()?;
@@ -84,6 +87,7 @@ pub(crate) async fn run(settings: DevSettings, stop: impl Future<Output = ()> + 
     let embedded = config.hsm.tokens.iter().all(|token| token.module.ends_with(MODULE));
     let server = Server::start(config).await?;
     let address = server.local_addr()?;
+    let enrolment = server.enrolment_addr().unwrap_or(enrolment);
     let mut opened = server.opened();
     let (end, ended) = oneshot::channel::<()>();
     let serving = tokio::spawn(server.serve(async move {
@@ -100,7 +104,7 @@ pub(crate) async fn run(settings: DevSettings, stop: impl Future<Output = ()> + 
             format!("the island did not open within {} s; the log above tells why", OPEN_WITHIN.as_secs()).into()
         );
     }
-    done("server", &format!("serving on {address}, mTLS 1.3 only"), began);
+    done("server", &format!("serving on {address}, mTLS 1.3 only; handhelds enrol at {enrolment}"), began);
 
     // If this fails, the error is printed and the island still serves, so that it can be examined.
     let mut end = Some(end);

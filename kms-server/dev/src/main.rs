@@ -27,6 +27,9 @@ struct Arguments {
     /// Address to listen on: of this machine only, unless `--expose` is given.
     #[arg(long, default_value = "127.0.0.1:7443")]
     listen: SocketAddr,
+    /// Port of the same address for devices that enrol [default: one more than that of `--listen`]
+    #[arg(long)]
+    enrolment_port: Option<u16>,
     /// Permit a `--listen` address that other machines can reach. All secrets of a development
     /// island are in one folder.
     #[arg(long)]
@@ -49,7 +52,7 @@ fn main() -> ExitCode {
 }
 
 async fn serve(arguments: Arguments) -> Result<(), Failure> {
-    let Arguments { state, listen, expose, database, meters, module } = arguments;
+    let Arguments { state, listen, enrolment_port, expose, database, meters, module } = arguments;
     if !(listen.ip().is_loopback() || expose) {
         let port = listen.port();
         return Err(format!(
@@ -59,5 +62,8 @@ async fn serve(arguments: Arguments) -> Result<(), Failure> {
     }
     let section = TelemetrySection { log: Some("warn".to_owned()), ..TelemetrySection::default() };
     let _telemetry = Telemetry::start(&section, "dev")?;
-    island::run(DevSettings { state, listen, database, meters, module }, stop_signal()).await
+    // Port 0 is any free one.
+    let port = enrolment_port.unwrap_or(if listen.port() == 0 { 0 } else { listen.port().wrapping_add(1) });
+    let enrolment = SocketAddr::new(listen.ip(), port);
+    island::run(DevSettings { state, listen, enrolment, database, meters, module }, stop_signal()).await
 }

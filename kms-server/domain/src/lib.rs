@@ -15,6 +15,7 @@ mod exposure;
 mod group;
 mod history;
 mod id;
+mod invitation;
 mod island;
 mod key;
 mod key_type;
@@ -61,6 +62,8 @@ pub use id::{
     OwnerKind, PrincipalId, ProposalId, RequestId, Role, SecuritySetupId, SystemTitle, TransferId, WorkOrderId,
     WriterId,
 };
+pub use invitation::code::{CodeId, CodeSecret, EnrolmentCode, code_digest};
+pub use invitation::{EnrolledDevice, Invitation, InvitationEnd, InvitationState, Occasion};
 pub use island::{ClassRoots, DiversificationRoot, Island, IslandKind};
 pub use key::{CounterPlace, Evidence, KeyMaterial, KeyOrigin, KeyState, KeyVersion, Transport, WrappedKey};
 pub use key_type::{KeyClass, KeyLength, KeyShape, KeyType, SecuritySuite};
@@ -68,7 +71,9 @@ pub use known_key::{IndexedExposure, IndexedParty, KnownBy, KnownKey, Reach};
 pub use meter::{
     DeviceProfileName, DeviceType, KeyVersionId, Meter, MeterClass, MeterStatus, check_batch, check_serial,
 };
-pub use principal::{Enrolment, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate};
+pub use principal::{
+    Assurance, Enrolment, PersonName, Principal, PrincipalCertificate, PrincipalStatus, TransportCertificate,
+};
 pub use profile::file::ProfileError;
 pub use profile::{
     ClientProfile, CounterProfile, DeviceProfile, KeyProfile, NewKeyOrigin, OnNewKey, ProfileKeyType, SetupProfile,

@@ -21,9 +21,12 @@ pub struct Principal {
     /// one unless a profile allows it.
     pub client_titles: Vec<SystemTitle>,
     /// I6: the human behind an officer or auditor. Several certificates, and several principals,
-    /// may belong to one person. Of a handheld: the technician who has it, who is no person in the
-    /// sense of I6.
+    /// may belong to one person. Of a handheld: the technician who carries it, who does not count
+    /// as a person where several people are needed.
     pub person: Option<PersonName>,
+    /// Where a handheld has its keys, as the device said when it was enrolled. `None`: another
+    /// role, or a handheld that was registered without an enrolment.
+    pub assurance: Option<Assurance>,
     /// A manufacturer's key that signs its shipments: SubjectPublicKeyInfo (DER), EC P-256 or
     /// P-384.
     pub shipment_key: Option<Bytes>,
@@ -55,6 +58,9 @@ impl Principal {
                 "service account",
                 format!("`{}` gets no keys: it has no transport key and no client titles", self.id),
             ));
+        }
+        if self.assurance.is_some() && self.id.role() != Role::Handheld {
+            return Err(ParseError::new("assurance", format!("`{}` is no handheld: only a handheld has one", self.id)));
         }
         if self
             .client_titles
@@ -107,6 +113,37 @@ impl Principal {
     pub fn accepts(&self, certificate_sha256: &[u8; 32], now: UnixMillis) -> bool {
         self.status == PrincipalStatus::Enabled
             && self.certificates.iter().any(|known| known.sha256 == *certificate_sha256 && now < known.not_after)
+    }
+}
+
+/// Where the private keys of a handheld are. The device says it, and the server cannot verify it:
+/// it is worth as much as the officer's knowledge of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Assurance {
+    /// In a file, encrypted under the technician's PIN: a copy can be attacked elsewhere.
+    Software,
+    /// In a token that does not let them leave.
+    Hardware,
+}
+
+impl Assurance {
+    /// All kinds.
+    pub const ALL: [Self; 2] = [Self::Software, Self::Hardware];
+
+    /// The number in rows, from 1; 0 is no assurance.
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Software => 1,
+            Self::Hardware => 2,
+        }
+    }
+
+    /// The name in output, records and policies: `software`, `hardware`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Software => "software",
+            Self::Hardware => "hardware",
+        }
     }
 }
 

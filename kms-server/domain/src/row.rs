@@ -7,6 +7,7 @@
 
 mod approval;
 mod campaign;
+mod invitation;
 mod message;
 mod owner;
 mod principal;

@@ -36,6 +36,8 @@ pub enum RowId {
     Proposal(ProposalId),
     /// Kind 9: the rotation to a version of a root.
     RootRotation(RootId),
+    /// Kind 13: the last invitation of a handheld.
+    Invitation(PrincipalId),
     /// Kind 14: a work order.
     WorkOrder(WorkOrderId),
 }
@@ -54,6 +56,7 @@ impl RowId {
             Self::Campaign(_) => 8,
             Self::Proposal(_) => 12,
             Self::RootRotation(_) => 9,
+            Self::Invitation(_) => 13,
             Self::WorkOrder(_) => 14,
         }
     }
@@ -64,7 +67,9 @@ impl RowId {
         match self {
             Self::Meter(title) => read(&title.octets()),
             Self::Group(GroupId(number)) | Self::DeviceType(DeviceTypeId(number)) => read(&number.to_be_bytes()),
-            Self::Principal(principal) | Self::QuotaUse(principal) => read(principal.to_string().as_bytes()),
+            Self::Principal(principal) | Self::QuotaUse(principal) | Self::Invitation(principal) => {
+                read(principal.to_string().as_bytes())
+            }
             Self::CounterDomain(domain) => read(&domain.0),
             Self::Island(island) => read(island.as_str().as_bytes()),
             Self::Campaign(campaign) => read(&campaign.octets()),
@@ -88,6 +93,7 @@ impl fmt::Display for RowId {
             Self::Campaign(campaign) => write!(f, "campaign {campaign}"),
             Self::Proposal(proposal) => write!(f, "proposal {proposal}"),
             Self::RootRotation(root) => write!(f, "root rotation {root}"),
+            Self::Invitation(handheld) => write!(f, "invitation of {handheld}"),
             Self::WorkOrder(order) => write!(f, "work order {order}"),
         }
     }

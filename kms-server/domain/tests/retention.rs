@@ -1,6 +1,7 @@
-//! I3 and retention: whatever happens to a slot and whenever maintenance runs, nothing that the
-//! meter may hold is destroyed before a later version was proven and the retention time has passed;
-//! of a retired meter, nothing before the retention time after its retirement, and everything then.
+//! I3 and retention: whatever happens to a slot and whenever the retention pass runs, nothing that
+//! the meter may hold is destroyed before a later version was proven and the retention time has
+//! passed; of a retired meter, nothing before the retention time after its retirement, and
+//! everything then.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -135,6 +135,50 @@ fn what_was_used_of_quotas_comes_back_whole_or_not_at_all() {
 }
 
 #[test]
+fn an_invitation_comes_back_whole_or_not_at_all() {
+    let handheld = PrincipalId::new(island(), Role::Handheld, "h-17").unwrap();
+    let pending = Invitation {
+        handheld: handheld.clone(),
+        technician: PersonName::parse("Tom Field").unwrap(),
+        client_titles: vec![title()],
+        occasion: Occasion::First,
+        code_id: CodeId([3; 6]),
+        code_sha256: [4; 32],
+        invited_by: PrincipalId::new(island(), Role::Officer, "ada").unwrap(),
+        invited: NOW,
+        expires: NOW.after(3_600_000),
+        wrong_codes: 2,
+        end: None,
+    };
+    let device = EnrolledDevice {
+        time: NOW.after(5),
+        tls_key_sha256: [5; 32],
+        transport_key_sha256: [6; 32],
+        certificate: Bytes::from_static(b"der"),
+        transport_certificate: Bytes::from_static(b"another"),
+    };
+    let ends = [
+        None,
+        Some(InvitationEnd::Used(device)),
+        Some(InvitationEnd::Withdrawn(NOW.after(6))),
+        Some(InvitationEnd::WrongCodes(NOW.after(7))),
+    ];
+    for (end, occasion) in
+        ends.into_iter().zip([Occasion::First, Occasion::HandOver, Occasion::First, Occasion::HandOver])
+    {
+        let invitation = Invitation { end, occasion, ..pending.clone() };
+        let body = Bytes::from(invitation.to_row().unwrap());
+        assert_eq!(Invitation::from_row(handheld.clone(), body.clone()).unwrap(), invitation);
+        for length in 0..body.len() {
+            assert!(Invitation::from_row(handheld.clone(), body.slice(..length)).is_err(), "cut to {length}");
+        }
+    }
+    let officer = PrincipalId::new(island(), Role::Officer, "ada").unwrap();
+    assert!(Invitation { handheld: officer, ..pending.clone() }.to_row().is_err());
+    assert!(Invitation { expires: NOW, ..pending }.to_row().is_err());
+}
+
+#[test]
 fn what_breaks_an_invariant_is_not_written() {
     let right = in_use(&FOUR, imported, true);
     assert!(Meter { serial: String::new(), ..right.clone() }.to_row().is_err());
@@ -230,6 +274,7 @@ fn groups_device_types_principals_and_the_island_come_back() {
         }),
         client_titles: vec![title()],
         person: Some(PersonName::parse("Ada Lovelace").unwrap()),
+        assurance: None,
         shipment_key: None,
         added: NOW,
     };
@@ -239,6 +284,13 @@ fn groups_device_types_principals_and_the_island_come_back() {
         shipment_key: Some(Bytes::from_static(b"spki")),
         ..officer.clone()
     };
+    // Only a handheld has an assurance. In rows of earlier versions it has none.
+    for assurance in [Some(Assurance::Software), Some(Assurance::Hardware), None] {
+        let id = PrincipalId::new(island(), Role::Handheld, "h-17").unwrap();
+        let handheld = Principal { id: id.clone(), assurance, ..officer.clone() };
+        assert_eq!(Principal::from_row(id, handheld.to_row().unwrap().into()).unwrap(), handheld);
+    }
+    assert!(Principal { assurance: Some(Assurance::Hardware), ..officer.clone() }.to_row().is_err());
     assert_eq!(
         Principal::from_row(manufacturer.id.clone(), manufacturer.to_row().unwrap().into()).unwrap(),
         manufacturer
@@ -436,6 +488,7 @@ proptest! {
         let _ = CounterDomain::from_row(CounterDomainId([1; 16]), &island(), body.clone());
         let _ = Principal::from_row(principal("p"), body.clone());
         let _ = QuotaUse::from_row(principal("p"), body.clone());
+        let _ = Invitation::from_row(PrincipalId::new(island(), Role::Handheld, "h").unwrap(), body.clone());
         let _ = Island::from_row(island(), body);
         let _ = RowSeal::from_octets(&octets);
         let _ = ShipmentHeader::parse(&octets);

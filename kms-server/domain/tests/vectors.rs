@@ -205,3 +205,18 @@ fn the_lines_of_a_shipment() {
     let trailer = ShipmentTrailer::parse(trailer).unwrap();
     assert_eq!((trailer.devices, trailer.sha256), (2, array(&vectors["shipment"]["sha256_before_trailer"])));
 }
+
+#[test]
+fn enrolment_codes() {
+    let vector = &vectors()["enrolment_code"];
+    let text = vector["text"].as_str().unwrap();
+    let code = EnrolmentCode::parse(text).unwrap();
+    assert_eq!(code.name(), vector["name"].as_str().unwrap());
+    assert_eq!(code.id().0.as_slice(), octets(&vector["public"]));
+    assert_eq!(code.secret().octets().as_slice(), octets(&vector["secret"]));
+    assert_eq!(code.digest().as_slice(), octets(&vector["digest"]));
+    assert!(code.is_root(&octets(&vector["root"])));
+    let random = [octets(&vector["public"]), octets(&vector["secret"])].concat();
+    let made = EnrolmentCode::new("h-17", random.as_slice().try_into().unwrap(), &octets(&vector["root"])).unwrap();
+    assert_eq!(made.to_text().as_str(), text);
+}

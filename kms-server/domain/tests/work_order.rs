@@ -130,6 +130,7 @@ fn a_service_account_has_nothing_that_keys_need() {
         transport: None,
         client_titles: Vec::new(),
         person: None,
+        assurance: None,
         shipment_key: None,
         added: NOW,
     };

@@ -54,6 +54,9 @@ impl ServerAct {
     pub const DESTROY_ROOT: Self = Self("destroy-root");
     /// An abandoned shipment is dropped.
     pub const DROP_SHIPMENT: Self = Self("dropShipment");
+    /// A device is enrolled with the code of an invitation, or comes with a wrong code. The device
+    /// is no principal yet: the invitation stands for the officer who made it.
+    pub const ENROL: Self = Self("enrol");
     /// All tasks of a wave of a campaign have ended.
     pub const END_WAVE: Self = Self("endWave");
     /// The places of work orders that have been over for long are removed.

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
 
 use kms_domain::{
     Campaign, CampaignId, CounterDomain, CounterDomainId, DatabaseHistory, DeviceType, DeviceTypeId, Group, GroupId,
-    Island, Meter, Principal, PrincipalId, Proposal, ProposalId, RootId, RootRotation, SealKey, SealKeys, SystemTitle,
-    WorkOrder, WorkOrderId, WriterId,
+    Invitation, Island, Meter, Principal, PrincipalId, Proposal, ProposalId, RootId, RootRotation, SealKey, SealKeys,
+    SystemTitle, WorkOrder, WorkOrderId, WriterId,
 };
 use kms_proto::v1::{AuditKeyChanged, audit_record::Event};
 use kms_store::{Reads, SealedRow, Store};
@@ -238,6 +238,14 @@ impl Committer {
     /// The row does not verify.
     pub fn open_root_rotation(&self, to: RootId, row: &SealedRow) -> Result<Arc<RootRotation>, ServiceError> {
         self.open(to, row)
+    }
+
+    /// Opens the row of an invitation that was read outside a transaction.
+    ///
+    /// # Errors
+    /// The row does not verify.
+    pub fn open_invitation(&self, handheld: &PrincipalId, row: &SealedRow) -> Result<Arc<Invitation>, ServiceError> {
+        self.open(handheld.clone(), row)
     }
 
     /// The current seal key, which seals rows.

@@ -58,7 +58,7 @@ pub use records::{CLOCK_JUMPED, event_kind};
 pub use replay::{
     Answered, Asked, Asking, PastRecord, RecordName, Window, overtaken, refused_before, used_for_another,
 };
-pub use sealed::{principal_row, quota_use_row, sealed_name, work_order_columns, work_order_row};
+pub use sealed::{invitation_row, principal_row, quota_use_row, sealed_name, work_order_columns, work_order_row};
 pub use shared::CommitterSettings;
 pub use view::View;
 pub use view::counters::{CounterOf, LiveLease};

@@ -75,6 +75,11 @@ pub const fn event_kind(event: &Event) -> u16 {
         Event::WorkOrderEnded(_) => 77,
         Event::PlacesForgotten(_) => 78,
         Event::ClockJumped(_) => CLOCK_JUMPED,
+        Event::HandheldInvited(_) => 70,
+        Event::InvitationWithdrawn(_) => 71,
+        Event::WrongEnrolmentCode(_) => 72,
+        Event::HandheldEnrolled(_) => 73,
+        Event::HandheldHandedOver(_) => 74,
     }
 }
 

@@ -3,9 +3,9 @@
 use std::{fmt, sync::Arc};
 
 use kms_domain::{
-    Campaign, CampaignId, CounterDomain, CounterDomainId, DeviceType, DeviceTypeId, Generation, Group, GroupId, Island,
-    IslandName, Meter, Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RootId, RootRotation, RowId, RowSeal,
-    SealKey, SealKeys, Slots, SystemTitle, WorkOrder, WorkOrderEnd, WorkOrderId,
+    Campaign, CampaignId, CounterDomain, CounterDomainId, DeviceType, DeviceTypeId, Generation, Group, GroupId,
+    Invitation, Island, IslandName, Meter, Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RootId,
+    RootRotation, RowId, RowSeal, SealKey, SealKeys, Slots, SystemTitle, WorkOrder, WorkOrderEnd, WorkOrderId,
 };
 use kms_proto::v1::RowWrite;
 use kms_store::{Changes, MeterProjection, MeterPut, RowKind, SealedPut, SealedRow, WorkOrderColumns, WorkOrderEnding};
@@ -73,6 +73,7 @@ contents! {
     Campaign by id: CampaignId;
     Proposal by id: ProposalId;
     RootRotation by to: RootId;
+    Invitation by handheld: PrincipalId;
     WorkOrder by id: WorkOrderId;
 }
 
@@ -158,6 +159,7 @@ fn decode(id: &RowId, island: &IslandName, body: bytes::Bytes) -> Result<Value, 
         RowId::Campaign(campaign) => value(Campaign::from_row(*campaign, body)),
         RowId::Proposal(proposal) => value(Proposal::from_row(*proposal, body)),
         RowId::RootRotation(to) => value(RootRotation::from_row(*to, body)),
+        RowId::Invitation(handheld) => value(Invitation::from_row(handheld.clone(), body)),
         RowId::WorkOrder(order) => value(WorkOrder::from_row(order.clone(), body)),
     }
 }
@@ -214,6 +216,7 @@ fn encode(value: &Value) -> Result<Vec<u8>, String> {
         Value::Campaign(campaign) => Ok(campaign.to_row()),
         Value::Proposal(proposal) => Ok(proposal.to_row()),
         Value::RootRotation(rotation) => Ok(rotation.to_row()),
+        Value::Invitation(invitation) => invitation.to_row().map_err(text),
         Value::WorkOrder(order) => Ok(order.to_row()),
     }
 }
@@ -259,6 +262,7 @@ pub fn sealed_name(id: &RowId) -> (RowKind, Vec<u8>) {
         RowId::Campaign(campaign) => (RowKind::Campaign, campaign.octets().to_vec()),
         RowId::Proposal(proposal) => (RowKind::Proposal, proposal.octets().to_vec()),
         RowId::RootRotation(to) => (RowKind::RootRotation, to.octets().to_vec()),
+        RowId::Invitation(handheld) => invitation_row(handheld),
         RowId::WorkOrder(order) => work_order_row(order),
     }
 }
@@ -276,6 +280,11 @@ pub fn work_order_row(id: &WorkOrderId) -> (RowKind, Vec<u8>) {
 /// The name in the store of a principal's row.
 pub fn principal_row(id: &PrincipalId) -> (RowKind, Vec<u8>) {
     (RowKind::Principal, id.to_string().into_bytes())
+}
+
+/// The name in the store of the row of a handheld's last invitation.
+pub fn invitation_row(handheld: &PrincipalId) -> (RowKind, Vec<u8>) {
+    (RowKind::Invitation, handheld.to_string().into_bytes())
 }
 
 fn id_octets(id: &RowId) -> Vec<u8> {

@@ -33,7 +33,7 @@ impl Engine for Cedar {
         let caller = uid(entity_type(principal.principal.role()), &principal.principal.to_string())?;
         let mut entities = vec![
             entity(uid("Island", island.as_str())?, [("name", text(island.as_str()))])?,
-            principal_entity(&principal.principal)?,
+            caller_entity(principal)?,
         ];
         let target = match resource {
             Resource::Island => uid("Island", island.as_str())?,
@@ -116,14 +116,26 @@ fn failed(error: impl fmt::Display) -> EvaluationError {
 }
 
 fn principal_entity(principal: &PrincipalId) -> Result<Entity, EvaluationError> {
+    entity(uid(entity_type(principal.role()), &principal.to_string())?, principal_attributes(principal)?)
+}
+
+/// What every principal has.
+fn principal_attributes(principal: &PrincipalId) -> Result<Vec<(&'static str, RestrictedExpression)>, EvaluationError> {
     let island: &IslandName = principal.island();
-    entity(
-        uid(entity_type(principal.role()), &principal.to_string())?,
-        [
-            ("name", text(principal.name())),
-            ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?)),
-        ],
-    )
+    Ok(vec![
+        ("name", text(principal.name())),
+        ("island", RestrictedExpression::new_entity_uid(uid("Island", island.as_str())?)),
+    ])
+}
+
+/// The entity of the caller. A handheld also has what its row says of the device.
+fn caller_entity(facts: &PrincipalFacts) -> Result<Entity, EvaluationError> {
+    let mut attributes = principal_attributes(&facts.principal)?;
+    if facts.principal.role() == Role::Handheld {
+        attributes.extend(facts.technician.as_deref().map(|technician| ("technician", text(technician))));
+        attributes.extend(facts.assurance.map(|assurance| ("assurance", text(assurance.name()))));
+    }
+    entity(uid(entity_type(facts.principal.role()), &facts.principal.to_string())?, attributes)
 }
 
 const fn entity_type(role: Role) -> &'static str {

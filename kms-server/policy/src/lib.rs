@@ -195,6 +195,8 @@ mod tests {
         PrincipalFacts {
             principal: PrincipalId::new(IslandName::parse("north").unwrap(), role, name).unwrap(),
             revision: 1,
+            technician: None,
+            assurance: None,
         }
     }
 
@@ -335,6 +337,21 @@ mod tests {
             (&hes, Action::EndCertificate { role: Role::HeadEnd, own: false }, Deny),
             (&officer, Action::DisablePrincipal { role: Role::HeadEnd, own: false }, Permit),
             (&officer, Action::InventoryHsm, Permit),
+            (&officer, Action::InviteHandheld, Permit),
+            (&officer, Action::HandOverHandheld, Permit),
+            (&officer, Action::WithdrawInvitation, Permit),
+            (&officer, Action::ListHandhelds, Permit),
+            (&auditor, Action::ListHandhelds, Permit),
+            (&auditor, Action::InviteHandheld, Deny),
+            (&auditor, Action::HandOverHandheld, Deny),
+            (&auditor, Action::WithdrawInvitation, Deny),
+            (&handheld, Action::InviteHandheld, Deny),
+            (&handheld, Action::ListHandhelds, Deny),
+            (&handheld, Action::HandOverHandheld, Deny),
+            (&handheld, Action::RenewPrincipal { role: Role::Handheld, own: true }, Permit),
+            (&handheld, Action::RenewPrincipal { role: Role::Handheld, own: false }, Deny),
+            (&hes, Action::InviteHandheld, Deny),
+            (&vendor, Action::InviteHandheld, Deny),
             (&auditor, Action::Scrub, Permit),
             (&auditor, Action::AddPrincipal { role: Role::Auditor }, Deny),
             (&auditor, Action::ImportShipment { own: false }, Deny),
@@ -570,6 +587,34 @@ mod tests {
         assert_eq!(of(&hes, KeyType::KEK, 900, &group), Deny);
         assert_eq!(of(&hes, KeyType::GBEK, 86_401, &group), Deny);
         assert_eq!(of(&officer, KeyType::GBEK, 900, &group), Deny);
+    }
+
+    #[test]
+    fn policies_know_who_carries_a_handheld_and_where_its_keys_are() {
+        use kms_domain::Assurance;
+        let policy = from_text(
+            "permit (principal is Handheld, action == Action::\"listMeters\", resource)\n\
+             when { principal has assurance && principal.assurance == \"hardware\" \
+             && principal has technician && principal.technician == \"Tom Field\" };",
+        )
+        .unwrap();
+        let decides = |technician: Option<&str>, assurance, revision| {
+            let facts = PrincipalFacts {
+                technician: technician.map(str::to_owned),
+                assurance,
+                revision,
+                ..facts(Role::Handheld, "h-17")
+            };
+            policy.permits(&facts, &Action::ListMeters { own: true }, &Resource::Island).is_permit()
+        };
+        assert!(decides(Some("Tom Field"), Some(Assurance::Hardware), 1));
+        assert!(!decides(Some("Tom Field"), Some(Assurance::Software), 2));
+        assert!(!decides(Some("Una Field"), Some(Assurance::Hardware), 3));
+        // Registered without an enrolment: it has neither, and the policy does not fail.
+        assert!(!decides(None, None, 4));
+        // Nobody else has them: such a policy is refused when it is loaded.
+        let wrong = "permit (principal is HeadEnd, action, resource) when { principal.assurance == \"hardware\" };";
+        assert!(from_text(wrong).is_err());
     }
 
     #[test]

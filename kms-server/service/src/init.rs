@@ -406,6 +406,7 @@ impl FirstPrincipal {
             transport: None,
             client_titles: self.client_titles.clone(),
             person: self.person.clone(),
+            assurance: None,
             shipment_key: None,
             added: IslandContext::now(),
         }

@@ -11,6 +11,7 @@ pub mod exposure;
 pub mod frame;
 pub mod grant;
 mod group_names;
+pub mod handheld;
 pub mod init;
 pub mod island;
 pub mod island_keys;

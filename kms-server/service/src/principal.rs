@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kms_domain::{
-    Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, RequestId,
+    Enrolment, ParseError, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, RequestId, Role,
     SystemTitle, UnixMillis,
 };
 use kms_proto::v1::{self, PrincipalChanged, SecurityEvent, audit_record::Event};
@@ -95,7 +95,10 @@ impl Principals {
         }
         let issued = match &new.certification {
             Some(request) => Some(
-                self.authority.principal(&new.id, request, self.validity())?.sign(&self.island.hsm_for(caller)).await?,
+                self.authority
+                    .principal(&new.id, request, self.validity(&new.id))?
+                    .sign(&self.island.hsm_for(caller))
+                    .await?,
             ),
             None => None,
         };
@@ -140,6 +143,7 @@ impl Principals {
                 transport: None,
                 client_titles: new.client_titles.clone(),
                 person: new.person.clone(),
+                assurance: None,
                 shipment_key: new.shipment_key.clone(),
                 added: view.now(),
             };
@@ -170,8 +174,11 @@ impl Principals {
         let id = caller.principal.clone();
         let action = Action::RegisterTransportKey { role: id.role() };
         self.island.require(caller, &action).await?;
-        let issued =
-            self.authority.transport(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?;
+        let issued = self
+            .authority
+            .transport(&id, certification, self.validity(&id))?
+            .sign(&self.island.hsm_for(caller))
+            .await?;
         let digest = request_digest(&[b"transport", &certification.spki_sha256()]);
         let chain = self.chain();
         self.act(
@@ -272,21 +279,14 @@ impl Principals {
     where
         F: Fn(&mut View<'_, '_>, &Permit, Option<Arc<Principal>>, &Everyone) -> Changed + Clone + Send + Sync + 'static,
     {
-        let mut attempts = 0;
-        loop {
-            attempts += 1;
-            let everyone = Everyone::of(&*self.island.store, &self.island.committer, self.island.name()).await?;
+        Everyone::consistently(&self.island, |everyone| {
             let (mut reads, change) = (everyone.reads(), change.clone());
             reads.extend(&more);
-            let changed =
-                self.act(caller, request, action.clone(), id.clone(), reads, move |view, permit, existing| {
-                    change(view, permit, existing, &everyone)
-                });
-            match changed.await {
-                Err(error) if Everyone::is_stale(&error) && attempts < MOST_ATTEMPTS => {}
-                outcome => return outcome,
-            }
-        }
+            self.act(caller, request, action.clone(), id.clone(), reads, move |view, permit, existing| {
+                change(view, permit, existing, &everyone)
+            })
+        })
+        .await
     }
 
     /// Changes one principal and records it.
@@ -333,9 +333,18 @@ impl Principals {
         vec![Bytes::copy_from_slice(self.authority.certificate())]
     }
 
-    fn validity(&self) -> Validity {
-        Validity::days(IslandContext::now(), self.certificate_days)
+    fn validity(&self, id: &PrincipalId) -> Validity {
+        validity(&self.island, id, self.certificate_days)
     }
+}
+
+/// The validity of a new certificate. Those of handhelds live for days: a device gets lost.
+pub(crate) fn validity(island: &IslandContext, id: &PrincipalId, certificate_days: u16) -> Validity {
+    let days = match id.role() {
+        Role::Handheld => island.limits.handheld_days().min(certificate_days),
+        _ => certificate_days,
+    };
+    Validity::days(IslandContext::now(), days)
 }
 
 /// A change of one principal.
@@ -413,6 +422,7 @@ pub fn to_proto(principal: &Principal) -> v1::Principal {
         has_transport_key: principal.transport.is_some(),
         revision: u64::from(principal.revision),
         certificates: principal.certificates.iter().map(registered).collect(),
+        assurance: principal.assurance.map(|assurance| assurance.name().to_owned()).unwrap_or_default(),
     }
 }
 
@@ -470,11 +480,11 @@ fn changed(id: &PrincipalId, change: &str, issued: Option<&IssuedCertificate>, r
     }
 }
 
-fn security_event(kind: &str, detail: String) -> SecurityEvent {
+pub(crate) fn security_event(kind: &str, detail: String) -> SecurityEvent {
     SecurityEvent { kind: kind.to_owned(), detail, meter: Bytes::new() }
 }
 
-fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Principal, ServiceError> {
+pub(crate) fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Principal, ServiceError> {
     let principal = existing.as_deref().cloned().ok_or_else(|| unknown(id))?;
     match principal.status {
         PrincipalStatus::Enabled => Ok(principal),
@@ -490,6 +500,3 @@ fn enabled(id: &PrincipalId, existing: Option<Arc<Principal>>) -> Result<Princip
 fn unknown(id: &PrincipalId) -> ServiceError {
     ServiceError::NotFound { what: format!("the principal `{id}`") }
 }
-
-/// How often an act is tried again because a principal was added meanwhile.
-const MOST_ATTEMPTS: usize = 8;

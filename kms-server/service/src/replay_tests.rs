@@ -32,6 +32,7 @@ use crate::{
     frame::{FrameOutcome, FrameService, PlainContent, PlainFrame},
     grant::GrantService,
     grant::terms::{GrantChunk, GrantTargets, SessionTerms},
+    handheld::{HandheldService, NewInvitation},
     meter::{
         Assignment, Compromise, CounterFloor, CounterRaise, Enrolment, Membership, MeterService, NewMeter, Selection,
     },
@@ -684,6 +685,55 @@ async fn principals(island: &TestIsland) -> Vec<Call> {
     vec![("add a principal", add), ("disable a principal", disable)]
 }
 
+/// Invitations: the code is not in the answer, so the answer can be given again.
+async fn handhelds(island: &TestIsland) -> Vec<Call> {
+    let hsm = &island.island.hsm;
+    let point = hsm.public_key(CA_KEY).await.unwrap();
+    let validity = Validity::days(IslandContext::now(), 3_000);
+    let root = CertificateAuthority::root(island.island.name(), point, validity).unwrap().sign(hsm).await.unwrap();
+    let authority = CertificateAuthority::from_der(&root.der).unwrap();
+    let id = PrincipalId::new(island.island.name().clone(), Role::Handheld, "h-17").unwrap();
+    let new = NewInvitation {
+        handheld: id.clone(),
+        technician: kms_domain::PersonName::parse("Tom Field").unwrap(),
+        code_id: kms_domain::CodeId([1; 6]),
+        code_sha256: [2; 32],
+        lifetime_seconds: None,
+        client_titles: vec![second_title()],
+    };
+    let existing = kms_domain::Principal {
+        id: PrincipalId::new(island.island.name().clone(), Role::Handheld, "h-18").unwrap(),
+        revision: 1,
+        status: kms_domain::PrincipalStatus::Enabled,
+        certificates: Vec::new(),
+        transport: None,
+        client_titles: Vec::new(),
+        person: None,
+        assurance: None,
+        shipment_key: None,
+        added: IslandContext::now(),
+    };
+    put_principal(&island.island, existing.clone()).await;
+    let other = NewInvitation { handheld: existing.id, client_titles: Vec::new(), ..new.clone() };
+    let service = move |server: Arc<IslandContext>| HandheldService::new(server, &authority);
+    let (by, serve) = (island.officer.clone(), service.clone());
+    let invite: Box<dyn Fn(Arc<IslandContext>, Request) -> Answer> = Box::new(move |server, request| {
+        let (service, by, new) = (serve(server), by.clone(), new.clone());
+        Box::pin(async move { Ok(service.invite(&by, request, new).await?.encode_to_vec()) })
+    });
+    let (by, serve) = (island.officer.clone(), service.clone());
+    let hand_over: Box<dyn Fn(Arc<IslandContext>, Request) -> Answer> = Box::new(move |server, request| {
+        let (service, by, other) = (serve(server), by.clone(), other.clone());
+        Box::pin(async move { Ok(service.hand_over(&by, request, other).await?.encode_to_vec()) })
+    });
+    let by = island.officer.clone();
+    let withdraw: Box<dyn Fn(Arc<IslandContext>, Request) -> Answer> = Box::new(move |server, request| {
+        let (service, by, id) = (service(server), by.clone(), id.clone());
+        Box::pin(async move { Ok(service.withdraw(&by, request, id, "test".to_owned()).await?.encode_to_vec()) })
+    });
+    vec![("invite", invite), ("hand over", hand_over), ("withdraw an invitation", withdraw)]
+}
+
 fn administration(island: &TestIsland, colleague: &Caller) -> Vec<Call> {
     let head_end = island.head_end.principal.clone();
     let (manufacturer, profile) =
@@ -1044,7 +1094,8 @@ island_tests! {
         let servers = [island.island.clone(), island.another_server().await, Arc::new(island.restarted().await)];
         let (ordinary, forbidden) = (policies(200, ""), policies(200, "forbid (principal, action, resource);"));
         let mut watcher = Watcher::default();
-        for (name, ask) in administration(&island, &colleague).into_iter().chain(principals(&island).await) {
+        let calls = administration(&island, &colleague).into_iter();
+        for (name, ask) in calls.chain(principals(&island).await).chain(handhelds(&island).await) {
             let request = request();
             let first = ask(servers[0].clone(), request).await.unwrap_or_else(|error| panic!("{name}: {error}"));
             watcher.records(&servers[0]).await;

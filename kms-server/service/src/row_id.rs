@@ -19,6 +19,7 @@ pub(crate) fn row_id(kind: u8, id: &[u8], island: &IslandName) -> Option<RowId> 
         7 => PrincipalId::parse(text()?).ok().map(RowId::QuotaUse),
         8 => CampaignId::from_octets(id).ok().map(RowId::Campaign),
         12 => ProposalId::from_octets(id).ok().map(RowId::Proposal),
+        13 => PrincipalId::parse(text()?).ok().map(RowId::Invitation),
         14 => WorkOrderId::parse(text()?).ok().map(RowId::WorkOrder),
         9 => RootId::from_octets(id).ok().map(RowId::RootRotation),
         _ => None,

@@ -286,6 +286,7 @@ impl TestIsland {
                 client_titles: if principal_name == "hes-1" { vec![client_title()] } else { Vec::new() },
                 person: matches!(role, Role::Officer | Role::Auditor)
                     .then(|| kms_domain::PersonName::parse(principal_name).unwrap()),
+                assurance: None,
                 shipment_key: (role == Role::Manufacturer).then(|| vendor_key.public_der().unwrap().into()),
                 added: UnixMillis(1),
             };
@@ -383,6 +384,7 @@ impl TestIsland {
             transport: None,
             client_titles: Vec::new(),
             person: person.map(|person| kms_domain::PersonName::parse(person).unwrap()),
+            assurance: None,
             shipment_key: None,
             added: UnixMillis(1),
         };

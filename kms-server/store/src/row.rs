@@ -46,13 +46,15 @@ pub enum RowKind {
     RootRotation,
     /// A proposal.
     Proposal,
+    /// The last invitation of a handheld.
+    Invitation,
     /// A work order.
     WorkOrder,
 }
 
 impl RowKind {
     /// All kinds.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Group,
         Self::DeviceType,
         Self::Principal,
@@ -62,6 +64,7 @@ impl RowKind {
         Self::Campaign,
         Self::RootRotation,
         Self::Proposal,
+        Self::Invitation,
         Self::WorkOrder,
     ];
 
@@ -77,6 +80,7 @@ impl RowKind {
             Self::Campaign => 8,
             Self::RootRotation => 9,
             Self::Proposal => 12,
+            Self::Invitation => 13,
             Self::WorkOrder => 14,
         }
     }
@@ -93,6 +97,7 @@ impl RowKind {
             Self::Campaign => "campaign",
             Self::RootRotation => "root rotation",
             Self::Proposal => "proposal",
+            Self::Invitation => "invitation",
             Self::WorkOrder => "work order",
         }
     }
@@ -100,9 +105,12 @@ impl RowKind {
     /// How a transaction locks the rows of this kind that it reads.
     pub(crate) const fn lock(self) -> RowLock {
         match self {
-            Self::CounterDomain | Self::QuotaUse | Self::RootRotation | Self::Proposal | Self::WorkOrder => {
-                RowLock::Exclusive
-            }
+            Self::CounterDomain
+            | Self::QuotaUse
+            | Self::RootRotation
+            | Self::Proposal
+            | Self::Invitation
+            | Self::WorkOrder => RowLock::Exclusive,
             Self::Campaign => RowLock::Campaign,
             _ => RowLock::Shared,
         }

@@ -253,9 +253,11 @@ fn rows(version: usize) -> String {
     })
 }
 
-/// Those that there were: the kinds from 8 on came later, and work orders after these.
+/// Those that there were: the kinds from 8 on came later, work orders after these, and invitations
+/// without a step.
 fn sealed_kinds(version: usize) -> Vec<RowKind> {
     let since = |kind: RowKind| match kind {
+        RowKind::Invitation => usize::MAX,
         RowKind::WorkOrder => 4,
         kind if kind.number() >= 8 => 2,
         _ => 1,

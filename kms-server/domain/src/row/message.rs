@@ -330,8 +330,51 @@ pub(super) struct PrincipalRow {
     /// SubjectPublicKeyInfo, DER; empty for none.
     #[prost(bytes = "bytes", tag = "7")]
     pub(super) shipment_key: Bytes,
+    /// The number of an assurance; 0: none.
+    #[prost(uint32, tag = "8")]
+    pub(super) assurance: u32,
     #[prost(int64, tag = "15")]
     pub(super) added: i64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct InvitationRow {
+    #[prost(string, tag = "1")]
+    pub(super) technician: String,
+    /// 1 first, 2 hand-over.
+    #[prost(uint32, tag = "2")]
+    pub(super) occasion: u32,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub(super) code_id: Bytes,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub(super) code_sha256: Bytes,
+    /// A URI.
+    #[prost(string, tag = "5")]
+    pub(super) invited_by: String,
+    #[prost(int64, tag = "6")]
+    pub(super) expires: i64,
+    #[prost(uint32, tag = "7")]
+    pub(super) wrong_codes: u32,
+    /// 0 none, 1 used, 2 withdrawn, 3 wrong codes.
+    #[prost(uint32, tag = "8")]
+    pub(super) end: u32,
+    /// 0 without an end.
+    #[prost(int64, tag = "9")]
+    pub(super) ended: i64,
+    /// This and the following fields: of an invitation that was used.
+    #[prost(bytes = "bytes", tag = "10")]
+    pub(super) tls_key_sha256: Bytes,
+    #[prost(bytes = "bytes", tag = "11")]
+    pub(super) transport_key_sha256: Bytes,
+    #[prost(bytes = "bytes", tag = "12")]
+    pub(super) certificate: Bytes,
+    #[prost(bytes = "bytes", tag = "13")]
+    pub(super) transport_certificate: Bytes,
+    #[prost(fixed64, repeated, tag = "14")]
+    pub(super) client_titles: Vec<u64>,
+    /// Last and never 0, so that a cut row is refused.
+    #[prost(int64, tag = "15")]
+    pub(super) invited: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]

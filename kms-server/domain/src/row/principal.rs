@@ -12,9 +12,9 @@ use super::{
     version,
 };
 use crate::{
-    ClassRoots, CounterJump, DatabaseHistory, DiversificationRoot, Enrolment, Island, IslandKind, IslandName, KeyClass,
-    KeyDerivation, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus, RootLedger, SystemTitle,
-    Timeline, TransportCertificate, UnixMillis,
+    Assurance, ClassRoots, CounterJump, DatabaseHistory, DiversificationRoot, Enrolment, Island, IslandKind,
+    IslandName, KeyClass, KeyDerivation, PersonName, Principal, PrincipalCertificate, PrincipalId, PrincipalStatus,
+    RootLedger, SystemTitle, Timeline, TransportCertificate, UnixMillis,
 };
 
 impl Principal {
@@ -59,6 +59,15 @@ impl Principal {
             .map(|title| SystemTitle::from_octets(&title.to_be_bytes()))
             .collect::<Result<_, _>>()?;
         let person = if row.person.is_empty() { None } else { Some(PersonName::parse(&row.person)?) };
+        let assurance = match row.assurance {
+            0 => None,
+            number => Some(
+                Assurance::ALL
+                    .into_iter()
+                    .find(|assurance| assurance.number() == number)
+                    .ok_or_else(|| RowError::new(format!("assurance {number} is unknown")))?,
+            ),
+        };
         let shipment_key = Some(row.shipment_key).filter(|key| !key.is_empty());
         let principal = Self {
             id,
@@ -68,6 +77,7 @@ impl Principal {
             transport,
             client_titles,
             person,
+            assurance,
             shipment_key,
             added: moment(row.added)?,
         };
@@ -110,6 +120,7 @@ impl Principal {
             client_titles: self.client_titles.iter().map(|title| u64::from_be_bytes(title.octets())).collect(),
             person: self.person.as_ref().map(|person| person.as_str().to_owned()).unwrap_or_default(),
             shipment_key: self.shipment_key.clone().unwrap_or_default(),
+            assurance: self.assurance.map_or(0, Assurance::number),
             added: self.added.0,
         };
         Ok(row.encode_to_vec())

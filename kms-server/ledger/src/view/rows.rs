@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use kms_domain::{
-    Campaign, CampaignId, CounterDomain, CounterDomainId, DeviceType, DeviceTypeId, Exposure, Group, GroupId, Island,
-    IslandName, Meter, Owner, Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RootId, RootRotation, RowId,
-    Slot, Slots, SystemTitle, WorkOrder, WorkOrderId,
+    Campaign, CampaignId, CounterDomain, CounterDomainId, DeviceType, DeviceTypeId, Exposure, Group, GroupId,
+    Invitation, Island, IslandName, Meter, Owner, Principal, PrincipalId, Proposal, ProposalId, QuotaUse, RootId,
+    RootRotation, RowId, Slot, Slots, SystemTitle, WorkOrder, WorkOrderId,
 };
 
 use super::{View, not_read};
@@ -253,6 +253,22 @@ impl View<'_, '_> {
                 && matches!(&opened.value, Some(Value::WorkOrder(order)) if order.maker == *maker)
         });
         Ok(stored.saturating_add(added.count() as u64))
+    }
+
+    /// The last invitation of a handheld.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn invitation(&mut self, handheld: &PrincipalId) -> Result<Option<Arc<Invitation>>, ServiceError> {
+        self.get(handheld.clone())
+    }
+
+    /// Writes an invitation.
+    ///
+    /// # Errors
+    /// See [`Self::principal`].
+    pub fn put_invitation(&mut self, invitation: Invitation) -> Result<(), ServiceError> {
+        self.put(Arc::new(invitation))
     }
 
     /// Writes a row unchanged, so that it gets the seal of the current seal key. False: there is no

@@ -68,6 +68,11 @@ impl CertificationRequest {
         Self::parse(&der)
     }
 
+    /// Whether the key is on P-256, as transport keys are.
+    pub const fn is_p256(&self) -> bool {
+        self.p256_point.is_some()
+    }
+
     /// SHA-256 of the SubjectPublicKeyInfo, 32 octets.
     pub fn spki_sha256(&self) -> [u8; 32] {
         sha256(&self.spki)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use kms_domain::{IslandName, Principal, PrincipalId, PrincipalStatus, Role, SystemTitle};
 use kms_store::{Reads, RowKind, Store};
 
+use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 use kms_ledger::principal_row;
 use kms_ledger::{Committer, View};
@@ -21,6 +22,27 @@ pub(crate) struct Everyone {
 }
 
 impl Everyone {
+    /// Runs an act that must be consistent with all principals, and again if a principal was added
+    /// after the names were read.
+    ///
+    /// # Errors
+    /// As [`Self::of`], and as `act`.
+    pub(crate) async fn consistently<T, F, A>(island: &IslandContext, act: F) -> Result<T, ServiceError>
+    where
+        F: Fn(Self) -> A,
+        A: Future<Output = Result<T, ServiceError>>,
+    {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let everyone = Self::of(&*island.store, &island.committer, island.name()).await?;
+            match act(everyone).await {
+                Err(error) if Self::is_stale(&error) && attempts < MOST_ATTEMPTS => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
     /// Reads the names outside the writer's transaction.
     pub(crate) async fn of(
         store: &dyn Store,
@@ -154,7 +176,7 @@ fn stale() -> ServiceError {
     }
 }
 
-pub(super) fn unverified(id: &PrincipalId) -> ServiceError {
+pub(crate) fn unverified(id: &PrincipalId) -> ServiceError {
     ServiceError::FailedPrecondition {
         reason: format!(
             "the row of `{id}` does not verify (I5), so nobody can tell whether its key or client title is the same"
@@ -169,5 +191,7 @@ fn no_island() -> ServiceError {
     ServiceError::Internal("the island has no row (I5)".to_owned())
 }
 
+/// How often an act is tried again because a principal was added meanwhile.
+const MOST_ATTEMPTS: usize = 8;
 /// Rows of principals that are read at once.
-pub(super) const MOST_AT_ONCE: u32 = 500;
+pub(crate) const MOST_AT_ONCE: u32 = 500;

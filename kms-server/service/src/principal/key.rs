@@ -88,8 +88,11 @@ impl Principals {
         let action = Action::RecertifyPrincipal { role: id.role(), own: id == caller.principal };
         self.island.require(caller, &action).await?;
         self.island.require(caller, &Action::CarryOutProposal).await?;
-        let issued =
-            self.authority.principal(&id, certification, self.validity())?.sign(&self.island.hsm_for(caller)).await?;
+        let issued = self
+            .authority
+            .principal(&id, certification, self.validity(&id))?
+            .sign(&self.island.hsm_for(caller))
+            .await?;
         let digest = request_digest(&[
             b"recertify",
             id.to_string().as_bytes(),

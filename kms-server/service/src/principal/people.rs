@@ -14,7 +14,7 @@ use kms_ledger::View;
 /// Permission denied: the principal is not a person's. Failed precondition: one other principal
 /// alone certified the key of this call, so the person may not exist.
 pub fn counted_person(view: &View<'_, '_>, principal: &Principal, action: &str) -> Result<PersonName, ServiceError> {
-    // The person of a handheld is its technician, whom nobody has enrolled.
+    // The person who carries a handheld does not act as a person with it.
     let person = principal.person.clone().filter(|_| principal.is_personal());
     let person = person.ok_or_else(|| ServiceError::denied(action))?;
     let certificate = view.acting_certificate().and_then(|digest| principal.certificate(&digest));

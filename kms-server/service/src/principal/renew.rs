@@ -49,7 +49,7 @@ impl Principals {
         let issued = if self.has_room(&id).await? {
             Some(
                 self.authority
-                    .principal(&id, certification, self.validity())?
+                    .principal(&id, certification, self.validity(&id))?
                     .sign(&self.island.hsm_for(caller))
                     .await?,
             )

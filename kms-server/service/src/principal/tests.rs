@@ -111,6 +111,7 @@ impl Scene {
             transport: None,
             client_titles: Vec::new(),
             person: Some(PersonName::parse(person).unwrap()),
+            assurance: None,
             shipment_key: None,
             added: UnixMillis(1),
         };

@@ -110,6 +110,7 @@ async fn colleague(island: &TestIsland) -> Caller {
         transport: None,
         client_titles: Vec::new(),
         person: Some(PersonName::parse("Bo").unwrap()),
+        assurance: None,
         shipment_key: None,
         added: UnixMillis(1),
     };
