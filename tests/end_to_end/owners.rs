@@ -16,7 +16,7 @@ fn done(state: &Path, profile: &str, arguments: &[&str]) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broadcast_key_is_made_and_lent_where_a_policy_says_so() {
+async fn a_broadcast_key_is_made_and_issued_where_a_policy_says_so() {
     let mut server = DevServer::start();
     let state = server.state().to_owned();
     let enrol = [

@@ -73,7 +73,7 @@ async fn racing_head_ends_never_get_overlapping_leases() {
 /// What is put back is an older database. The counters that were allocated after the
 /// backup must not be allocated again.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_is_put_back_lends_no_counter_again() {
+async fn a_database_that_is_put_back_allocates_no_counter_again() {
     let mut server = DevServer::start_on_sqlite();
     let mut leased = open_leases(&server).await;
     assert!(server.interrupt());

@@ -22,9 +22,9 @@ use proptest::prelude::*;
 enum Step {
     /// A server begins a grant: it reads the rows.
     Read { server: usize, meter: usize, title: usize },
-    /// It goes on: allocates from its chunk or reserves another one, and commits if no row that
-    /// it read has changed. `count` is in units of the world's scale; a transfer takes one or two
-    /// counters.
+    /// The server continues its grant: it allocates from its chunk or reserves another one, and
+    /// commits if no row that it read has changed. `count` is in units of the world's scale; a
+    /// transfer takes one or two counters.
     Commit { server: usize, count: u32, counter_use: CounterUse },
     /// A server dies and starts again, as another writer with empty memory.
     Crash { server: usize },

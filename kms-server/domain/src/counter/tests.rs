@@ -314,7 +314,7 @@ fn a_member_counted_by_a_head_end_stops_the_whole_domain() {
 }
 
 #[test]
-fn after_a_restore_every_counter_starts_above_what_may_have_been_dealt() {
+fn after_a_restore_every_counter_starts_above_what_may_have_been_allocated() {
     let [known, lost] = [CounterKey::ClientTitle(title(1)), CounterKey::ClientTitle(title(2))];
     let mut backup = Counters::default();
     backup.reserve(known, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap();
@@ -341,7 +341,7 @@ fn after_a_restore_every_counter_starts_above_what_may_have_been_dealt() {
 }
 
 #[test]
-fn a_chunk_from_before_a_restore_is_not_dealt_from() {
+fn a_chunk_from_before_a_restore_is_not_allocated_from() {
     let key = CounterKey::ClientTitle(title(1));
     let mut counters = Counters::default();
     let mut held = LiveChunk::new(counters.reserve(key, CounterUse::Lease, server(1), chunk(100), 0, NONE).unwrap());
@@ -368,7 +368,7 @@ fn a_jump_is_not_lost_when_counters_join() {
 }
 
 #[test]
-fn a_chunk_says_whether_leases_were_dealt_from_it() {
+fn a_chunk_says_whether_leases_were_allocated_from_it() {
     let key = CounterKey::ClientTitle(title(1));
     let leased = |counters: &Counters| counters.get(key).unwrap().leased();
     let mut counters = Counters::default();

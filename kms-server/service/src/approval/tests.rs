@@ -103,7 +103,7 @@ island_tests! {
     }
 
     // I4: what two people have decided holds for the server that allocates from the chunk, too.
-    async fn a_counter_is_raised_inside_the_chunk_that_a_server_deals_from(island) {
+    async fn a_counter_is_raised_inside_the_chunk_that_a_server_allocates_from(island) {
         island.deliver(&sample("generic-suite0", 1)).await;
         let service = ProposalService::new(island.island.clone());
         let colleague = island.officer_of("bo", "Bo", 40).await;

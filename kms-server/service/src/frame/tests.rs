@@ -320,7 +320,7 @@ island_tests! {
         }
     }
 
-    async fn a_lease_is_known_to_the_server_that_dealt_it_with_its_end(island) {
+    async fn a_lease_is_known_to_the_server_that_allocated_it_with_its_end(island) {
         island.deliver(&sample("generic-suite0", 1)).await;
         let server = &island.island;
         get(server, &island.head_end, false).await.unwrap();

@@ -173,7 +173,7 @@ island_tests! {
         assert_eq!(Scrubber::new(island.island.clone()).scrub(|_| true).await.unwrap().findings, []);
     }
 
-    async fn a_groups_key_is_lent_by_what_policy_says_of_the_group(island) {
+    async fn a_groups_key_is_issued_by_what_policy_says_of_the_group(island) {
         island.enrol_group(1, 1, "north").await;
         island.enrol_group(2, 10, "south").await;
         let service = island.owners();
@@ -262,7 +262,7 @@ island_tests! {
         assert_eq!(group_keys(&open(&island.island, &island.head_end, 9, "north").await.unwrap()).lease.unwrap().first, 1);
     }
 
-    async fn a_key_that_its_members_do_not_hold_yet_is_lent_to_nobody(island) {
+    async fn a_key_that_its_members_do_not_hold_yet_is_issued_to_nobody(island) {
         island.enrol_group(1, 1, "north").await;
         island.owners().create_group_key(&island.officer, request(2), "north", new("GBEK", false), None).await.unwrap();
         island.with_transport_key(&island.head_end).await;
