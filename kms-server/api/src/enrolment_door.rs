@@ -28,10 +28,10 @@ use tower::Service;
 use tracing::Instrument as _;
 
 use crate::doorway::Network;
+use crate::enrolment_places::{Attempts, EnrolmentPlace, EnrolmentPlaces};
 use crate::enrolments::{EnrolmentApi, ServerAddress};
 use crate::intake::Intake;
 use crate::listener::TransportLimits;
-use crate::lobby::{Attempts, Lobby, Place};
 use crate::refusals;
 use crate::telemetry::Call;
 use crate::tls::ServerTls;
@@ -95,7 +95,7 @@ impl EnrolmentDoor {
     }
 
     async fn accept(self, ready: mpsc::Sender<io::Result<StrangerConnection>>) {
-        let lobby = Lobby::new(self.limits.clone());
+        let places = EnrolmentPlaces::new(self.limits.clone());
         let refused = Arc::new(Seldom::default());
         loop {
             let (tcp, remote) = tokio::select! {
@@ -109,7 +109,7 @@ impl EnrolmentDoor {
                 },
                 () = ready.closed() => return,
             };
-            let place = match lobby.enter(remote.ip()) {
+            let place = match places.take(remote.ip()) {
                 Ok(place) => place,
                 Err(bound) => {
                     refused.say(|unsaid| tracing::warn!(%remote, bound = bound.name(), unsaid, "connection to the enrolment door closed"));
@@ -119,7 +119,7 @@ impl EnrolmentDoor {
             let acceptor = TlsAcceptor::from(self.tls.current_for_strangers());
             let (limits, ready, refused) = (self.limits.clone(), ready.clone(), Arc::clone(&refused));
             tokio::spawn(async move {
-                match meet(acceptor, tcp, place, &limits).await {
+                match handshake(acceptor, tcp, place, &limits).await {
                     Ok(connection) => drop(ready.send(Ok(connection)).await),
                     Err(error) => refused.say(
                         |unsaid| tracing::info!(%remote, %error, unsaid, "handshake refused at the enrolment door"),
@@ -131,10 +131,10 @@ impl EnrolmentDoor {
 }
 
 /// Makes the handshake, until the connection is evicted or its time is over.
-async fn meet(
+async fn handshake(
     acceptor: TlsAcceptor,
     tcp: TcpStream,
-    mut place: Place,
+    mut place: EnrolmentPlace,
     limits: &Limits,
 ) -> io::Result<StrangerConnection> {
     let mut ends = Box::pin(tokio::time::sleep(limits.time(Bound::EnrolmentSeconds)));
@@ -142,7 +142,7 @@ async fn meet(
         bound.count();
         io::Error::new(io::ErrorKind::TimedOut, format!("the bound `{}` is reached", bound.name()))
     };
-    let meeting = async {
+    let shaking = async {
         // In TLS the client sends first: a silent client needs no handshake.
         let spoken = tokio::time::timeout(limits.time(Bound::FirstOctetSeconds), tcp.peek(&mut [0])).await;
         if spoken.map_err(|_| met(Bound::FirstOctetSeconds))?? == 0 {
@@ -153,20 +153,39 @@ async fn meet(
         shaken.map_err(|_| met(Bound::HandshakeSeconds))?
     };
     let stream = tokio::select! {
-        stream = meeting => stream?,
+        stream = shaking => stream?,
         () = &mut ends => return Err(met(Bound::EnrolmentSeconds)),
         _ = &mut place.evicted => return Err(io::Error::from(io::ErrorKind::ConnectionAborted)),
     };
-    Ok(StrangerConnection { stream, ends, place })
+    Ok(StrangerConnection { stream, ends, place, over: None })
 }
 
 /// A connection of a stranger, after its handshake.
-struct StrangerConnection {
-    stream: TlsStream<TcpStream>,
+struct StrangerConnection<S = TlsStream<TcpStream>> {
+    stream: S,
     /// Runs until the connection has to end.
     ends: Pin<Box<Sleep>>,
     /// Held as long as the connection is open.
-    place: Place,
+    place: EnrolmentPlace,
+    /// Why the connection is over.
+    over: Option<io::ErrorKind>,
+}
+
+impl<S> StrangerConnection<S> {
+    /// An error, if the time of the connection is over or it is evicted. Every poll asks this
+    /// first: HTTP/2 reads nothing while it cannot write, so a client that does not read ends in a
+    /// write.
+    fn over(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if self.over.is_none() {
+            if self.ends.as_mut().poll(cx).is_ready() {
+                Bound::EnrolmentSeconds.count();
+                self.over = Some(io::ErrorKind::TimedOut);
+            } else if Pin::new(&mut self.place.evicted).poll(cx).is_ready() {
+                self.over = Some(io::ErrorKind::ConnectionAborted);
+            }
+        }
+        self.over.map_or(Ok(()), |kind| Err(kind.into()))
+    }
 }
 
 /// What every request of such a connection carries in its extensions.
@@ -181,29 +200,26 @@ impl Connected for StrangerConnection {
     }
 }
 
-impl AsyncRead for StrangerConnection {
+impl<S: AsyncRead + Unpin> AsyncRead for StrangerConnection<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.ends.as_mut().poll(cx).is_ready() {
-            Bound::EnrolmentSeconds.count();
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-        }
-        if Pin::new(&mut self.place.evicted).poll(cx).is_ready() {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
-        }
+        self.over(cx)?;
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
-impl AsyncWrite for StrangerConnection {
+impl<S: AsyncWrite + Unpin> AsyncWrite for StrangerConnection<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
+        self.over(cx)?;
         Pin::new(&mut self.stream).poll_write(cx, octets)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.over(cx)?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.over(cx)?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
@@ -279,3 +295,49 @@ const METHOD: &str = "/meterkms.v1.EnrolmentService/Enrol";
 const REFUSAL_PAUSE: Duration = Duration::from_millis(100);
 /// How long the loop waits after an accept that failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+
+    use super::*;
+
+    /// A connection, and its client, which reads nothing.
+    fn connection(place: EnrolmentPlace, lives: Duration) -> (StrangerConnection<DuplexStream>, DuplexStream) {
+        let (stream, client) = duplex(64);
+        (StrangerConnection { stream, ends: Box::pin(tokio::time::sleep(lives)), place, over: None }, client)
+    }
+
+    /// Writes more than the connection takes: the error that ends it, for the writer and for all
+    /// that follows.
+    async fn ended(mut connection: StrangerConnection<DuplexStream>) -> io::ErrorKind {
+        let written = tokio::time::timeout(WITHIN, connection.write_all(&[0; 1_000])).await;
+        let kind = written.unwrap().unwrap_err().kind();
+        assert_eq!(connection.flush().await.unwrap_err().kind(), kind);
+        assert_eq!(connection.shutdown().await.unwrap_err().kind(), kind);
+        assert_eq!(connection.read(&mut [0]).await.unwrap_err().kind(), kind);
+        kind
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_is_closed_as_any_other() {
+        let limits = Limits { enrolment_connections: 2, ..Limits::default() };
+        let places = EnrolmentPlaces::new(limits);
+        let take = |last| places.take(IpAddr::from([192, 0, 2, last])).unwrap();
+        let (timed, _client) = connection(take(1), Duration::from_millis(50));
+        assert_eq!(ended(timed).await, io::ErrorKind::TimedOut);
+
+        // Evicted while the server waits to write.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let (evicted, _client) = connection(take(1), WITHIN);
+        let _another = take(1);
+        let waiting = tokio::spawn(ended(evicted));
+        tokio::task::yield_now().await;
+        let _newcomer = take(2);
+        assert_eq!(waiting.await.unwrap(), io::ErrorKind::ConnectionAborted);
+    }
+
+    const WITHIN: Duration = Duration::from_secs(20);
+}

@@ -124,7 +124,7 @@ impl Listener {
             let hello = Hello { acceptor: TlsAcceptor::from(self.tls.current()), tcp, limits: self.limits.clone() };
             let (ready, refused) = (ready.clone(), Arc::clone(&refused));
             tokio::spawn(async move {
-                match hello.meet(place).await {
+                match hello.handshake(place).await {
                     Ok(connection) => drop(ready.send(Ok(connection)).await),
                     Err(error) => refused.say(|unsaid| tracing::info!(%remote, %error, unsaid, "handshake refused")),
                 }
@@ -142,9 +142,9 @@ struct Hello {
 
 impl Hello {
     /// Makes the handshake, until it is evicted.
-    async fn meet(self, mut place: HandshakePlace) -> Result<TlsConnection, HandshakeError> {
+    async fn handshake(self, mut place: HandshakePlace) -> Result<TlsConnection, HandshakeError> {
         let evicted = place.evicted();
-        let meeting = async {
+        let shaking = async {
             let in_time = |bound| self.limits.time(bound);
             // In TLS the client sends first: a silent client needs no place.
             let spoken = tokio::time::timeout(in_time(Bound::FirstOctetSeconds), self.tcp.peek(&mut [0])).await;
@@ -166,7 +166,7 @@ impl Hello {
                         stream,
                         peer: Peer { certificate, usage },
                         first_call,
-                        closing: None,
+                        end: End::Open,
                         _place: place,
                     })
                 }
@@ -178,7 +178,7 @@ impl Hello {
             }
         };
         tokio::select! {
-            outcome = meeting => outcome,
+            outcome = shaking => outcome,
             bound = evicted => Err(HandshakeError::met(bound)),
         }
     }
@@ -201,27 +201,35 @@ async fn farewell(stream: &mut TlsStream<TcpStream>, bound: Bound, limits: &Limi
 }
 
 /// A connection of a principal, after its handshake.
-pub struct TlsConnection {
-    stream: TlsStream<TcpStream>,
+pub struct TlsConnection<S = TlsStream<TcpStream>> {
+    stream: S,
     peer: Peer,
     /// Runs until the first call: HTTP/2 sends no pings before the client's preface.
     first_call: Option<Pin<Box<Sleep>>>,
-    /// Runs when the connection is to end.
-    closing: Option<Pin<Box<Sleep>>>,
+    end: End,
     /// Held as long as the connection is open.
     _place: ConnectionPlace,
 }
 
-impl Connected for TlsConnection {
-    type ConnectInfo = Peer;
-
-    fn connect_info(&self) -> Peer {
-        self.peer.clone()
-    }
+/// How far the end of a connection has come.
+enum End {
+    /// It is open.
+    Open,
+    /// Nothing more is read. Answers are sent until the time is over.
+    Farewell(Pin<Box<Sleep>>),
+    /// Nothing more is read, and nothing is waited for.
+    Closed,
+    /// Nothing is read or written any more.
+    Aborted,
 }
 
-impl AsyncRead for TlsConnection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+impl<S> TlsConnection<S> {
+    /// Looks whether the connection is to end. Every poll asks this first: HTTP/2 reads nothing
+    /// while it cannot write, so the connection of a client that does not read ends in a write.
+    ///
+    /// # Errors
+    /// It ends at once.
+    fn end(&mut self, cx: &mut Context<'_>) -> io::Result<&End> {
         if let Some(mut first_call) = self.first_call.take()
             && !self.peer.usage.has_called()
         {
@@ -233,47 +241,82 @@ impl AsyncRead for TlsConnection {
                 }
             }
         }
-        if self.peer.usage.is_cut(cx) {
-            if !self.peer.usage.has_called() {
+        if matches!(self.end, End::Open) && self.peer.usage.is_cut(cx) {
+            self.end = if self.peer.usage.has_called() {
+                End::Farewell(Box::pin(tokio::time::sleep(FAREWELL)))
+            } else {
                 // It has no unsent answers, and its place is given to another connection.
-                return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
-            }
-            // Nothing more is read. Answers have a short time to be sent; then this reads as the
-            // end of the client's octets.
-            return self
-                .closing
-                .get_or_insert_with(|| Box::pin(tokio::time::sleep(FAREWELL)))
-                .as_mut()
-                .poll(cx)
-                .map(Ok);
+                End::Aborted
+            };
         }
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        if let End::Farewell(over) = &mut self.end
+            && over.as_mut().poll(cx).is_ready()
+        {
+            self.end = End::Closed;
+        }
+        if matches!(self.end, End::Aborted) { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(&self.end) }
+    }
+
+    /// Writes, unless the connection has ended. A client that reads gets a proper end; one that
+    /// makes the server wait is not waited for.
+    fn write<T>(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        write: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>>
+    where
+        S: Unpin,
+    {
+        let closed = matches!(self.end(cx)?, End::Closed);
+        match write(Pin::new(&mut self.stream), cx) {
+            Poll::Pending if closed => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+            outcome => outcome,
+        }
     }
 }
 
-impl AsyncWrite for TlsConnection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, octets)
+impl Connected for TlsConnection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for TlsConnection<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.end(cx)? {
+            End::Open => Pin::new(&mut self.stream).poll_read(cx, buffer),
+            End::Farewell(_) => Poll::Pending,
+            // As the end of the client's octets.
+            End::Closed | End::Aborted => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for TlsConnection<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, octets: &[u8]) -> Poll<io::Result<usize>> {
+        self.write(cx, |stream, cx| stream.poll_write(cx, octets))
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         octets: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, octets)
+        self.write(cx, |stream, cx| stream.poll_write_vectored(cx, octets))
     }
 
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.write(cx, |stream, cx| stream.poll_flush(cx))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.write(cx, |stream, cx| stream.poll_shutdown(cx))
     }
 }
 
@@ -309,3 +352,75 @@ const STREAM_WINDOW: u32 = 256 << 10;
 const CONNECTION_WINDOW: u32 = 512 << 10;
 const MAX_FRAME: u32 = 64 << 10;
 const MAX_RESETS: usize = 32;
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use kms_domain::{IslandName, PrincipalId, Role, UnixMillis};
+    use tokio::io::{DuplexStream, duplex};
+
+    use super::*;
+
+    /// A connection, and its client.
+    fn connection(first_call: Duration) -> (TlsConnection<DuplexStream>, DuplexStream) {
+        let principal = PrincipalId::new(IslandName::parse("north").unwrap(), Role::HeadEnd, "hes-1").unwrap();
+        let doorway = Doorway::new(Limits::default());
+        let handshake = doorway.handshake(IpAddr::from([192, 0, 2, 1])).unwrap();
+        let (place, usage) = handshake.connection(&principal).unwrap();
+        let certificate = Arc::new(PeerCertificate {
+            principal,
+            sha256: [1; 32],
+            serial: bytes::Bytes::new(),
+            not_after: UnixMillis(i64::MAX),
+        });
+        let first_call = Some(Box::pin(tokio::time::sleep(first_call)));
+        let (stream, client) = duplex(64);
+        let peer = Peer { certificate, usage };
+        (TlsConnection { stream, peer, first_call, end: End::Open, _place: place }, client)
+    }
+
+    /// The error that ends a connection whose client does not read.
+    async fn ended(connection: &mut TlsConnection<DuplexStream>) -> io::ErrorKind {
+        let written = tokio::time::timeout(WITHIN, connection.write_all(&[0; 1_000])).await;
+        written.unwrap().unwrap_err().kind()
+    }
+
+    #[tokio::test]
+    async fn a_connection_ends_though_its_client_does_not_read() {
+        // No call in time.
+        let (mut silent, _client) = connection(Duration::from_millis(50));
+        assert_eq!(ended(&mut silent).await, io::ErrorKind::ConnectionAborted);
+        assert!(silent.read(&mut [0]).await.is_err() && silent.shutdown().await.is_err());
+
+        // Cut while the server waits to write.
+        let (mut cut, _client) = connection(WITHIN);
+        let usage = Arc::clone(&cut.peer.usage);
+        usage.note_called();
+        let waiting = tokio::spawn(async move { (ended(&mut cut).await, cut.read(&mut [0]).await) });
+        tokio::task::yield_now().await;
+        usage.cut();
+        let (written, read) = waiting.await.unwrap();
+        assert_eq!((written, read.unwrap()), (io::ErrorKind::TimedOut, 0));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_reads_gets_its_answers_and_a_proper_end() {
+        let (mut cut, mut client) = connection(WITHIN);
+        cut.peer.usage.note_called();
+        cut.peer.usage.cut();
+        client.write_all(b"another call").await.unwrap();
+        let reading = tokio::spawn(async move {
+            let mut answers = Vec::new();
+            client.read_to_end(&mut answers).await.map(|_| answers.len())
+        });
+        cut.write_all(&[0; 1_000]).await.unwrap();
+        // Nothing more is read; after the time of the farewell this is the end.
+        assert_eq!(tokio::time::timeout(WITHIN, cut.read(&mut [0; 16])).await.unwrap().unwrap(), 0);
+        cut.write_all(&[0; 10]).await.unwrap();
+        cut.shutdown().await.unwrap();
+        assert_eq!(reading.await.unwrap().unwrap(), 1_010);
+    }
+
+    const WITHIN: Duration = Duration::from_secs(20);
+}

@@ -1,6 +1,6 @@
 //! Admission at the enrolment door: places for connections of strangers, and attempts of each
-//! network address. It has places of its own, so that a crowd here takes none of the ordinary
-//! listener ([`crate::doorway`]).
+//! network address. It has places of its own, so that strangers here take none of the
+//! ordinary listener ([`crate::doorway`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -13,83 +13,93 @@ use crate::doorway::Network;
 use crate::usage::wide;
 use kms_base::bounds::{Bound, Limits};
 
-/// The places of the enrolment door.
-pub(crate) struct Lobby {
+/// The places for connections to the enrolment door.
+pub(crate) struct EnrolmentPlaces {
     limits: Limits,
-    places: Mutex<Places>,
+    taken: Mutex<Taken>,
 }
 
 #[derive(Default)]
-struct Places {
-    /// Connections, in the order in which they began.
-    guests: BTreeMap<u64, Guest>,
+struct Taken {
+    /// Connections, in the order in which they began. Each is here until its socket is closed.
+    connections: BTreeMap<u64, Held>,
     next: u64,
 }
 
-struct Guest {
+/// A connection that holds a place.
+struct Held {
     network: Network,
-    evict: oneshot::Sender<()>,
+    /// `None`: it is evicted, and being closed.
+    evict: Option<oneshot::Sender<()>>,
 }
 
-impl Lobby {
+impl EnrolmentPlaces {
     pub(crate) fn new(limits: Limits) -> Arc<Self> {
-        Arc::new(Self { limits, places: Mutex::default() })
+        Arc::new(Self { limits, taken: Mutex::default() })
     }
 
-    fn places(&self) -> MutexGuard<'_, Places> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    fn taken(&self) -> MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a connection of this address. If all are taken, the address with the most of
-    /// them loses its oldest one.
+    /// Takes a place for a connection of this address. If all are taken, the address with the most
+    /// of them loses its oldest one. An evicted connection counts for its address until it is
+    /// closed, so there are never more sockets than places and connections that are being closed.
     ///
     /// # Errors
     /// The bound that is met.
-    pub(crate) fn enter(self: &Arc<Self>, address: IpAddr) -> Result<Place, Bound> {
+    pub(crate) fn take(self: &Arc<Self>, address: IpAddr) -> Result<EnrolmentPlace, Bound> {
         let network = Network::from(address);
-        let mut places = self.places();
-        let own = places.guests.values().filter(|guest| guest.network == network).count();
-        if wide(own) >= self.limits.enrolment_connections_per_address {
+        let mut taken = self.taken();
+        let of_address = taken.connections.values().filter(|held| held.network == network).count();
+        if wide(of_address) >= self.limits.enrolment_connections_per_address {
             Bound::EnrolmentConnectionsPerAddress.count();
             return Err(Bound::EnrolmentConnectionsPerAddress);
         }
-        if wide(places.guests.len()) >= self.limits.enrolment_connections {
+        if wide(taken.open().count()) >= self.limits.enrolment_connections {
             Bound::EnrolmentConnections.count();
-            if !places.evict_of_the_most(own) {
+            let own = taken.open().filter(|(_, held)| held.network == network).count();
+            if !taken.evict_of_the_most(own) {
                 return Err(Bound::EnrolmentConnections);
             }
         }
-        places.next += 1;
-        let number = places.next;
+        taken.next += 1;
+        let number = taken.next;
         let (evict, evicted) = oneshot::channel();
-        places.guests.insert(number, Guest { network, evict });
-        Ok(Place { lobby: Arc::clone(self), number, network, since: Instant::now(), evicted })
+        taken.connections.insert(number, Held { network, evict: Some(evict) });
+        Ok(EnrolmentPlace { places: Arc::clone(self), number, network, since: Instant::now(), evicted })
     }
 }
 
-impl Places {
+impl Taken {
+    /// The connections that are not evicted.
+    fn open(&self) -> impl Iterator<Item = (&u64, &Held)> {
+        self.connections.iter().filter(|(_, held)| held.evict.is_some())
+    }
+
     /// Evicts the oldest connection of the network that has the most; false if none has more than
     /// `own`.
     fn evict_of_the_most(&mut self, own: usize) -> bool {
         let mut of: HashMap<Network, usize> = HashMap::new();
-        for guest in self.guests.values() {
-            *of.entry(guest.network).or_default() += 1;
+        for (_, held) in self.open() {
+            *of.entry(held.network).or_default() += 1;
         }
         let Some((most, _)) = of.into_iter().max_by_key(|(_, count)| *count).filter(|(_, count)| *count > own) else {
             return false;
         };
-        let oldest = self.guests.iter().find(|(_, guest)| guest.network == most).map(|(number, _)| *number);
-        oldest.and_then(|number| self.guests.remove(&number)).is_some_and(|guest| {
+        let oldest = self.open().find(|(_, held)| held.network == most).map(|(number, _)| *number);
+        let evict = oldest.and_then(|number| self.connections.get_mut(&number)).and_then(|held| held.evict.take());
+        evict.is_some_and(|evict| {
             // It fails if the connection has just ended.
-            let _ = guest.evict.send(());
+            let _ = evict.send(());
             true
         })
     }
 }
 
-/// A place for a connection, until it is dropped or evicted.
-pub(crate) struct Place {
-    lobby: Arc<Lobby>,
+/// A place for a connection, until it is dropped.
+pub(crate) struct EnrolmentPlace {
+    places: Arc<EnrolmentPlaces>,
     number: u64,
     pub(crate) network: Network,
     since: Instant,
@@ -97,13 +107,13 @@ pub(crate) struct Place {
     pub(crate) evicted: oneshot::Receiver<()>,
 }
 
-impl Drop for Place {
+impl Drop for EnrolmentPlace {
     /// The place is kept for a moment after a connection that was short: each handshake costs a
     /// signature, so their number in a second has a bound.
     fn drop(&mut self) {
-        let (lobby, number) = (Arc::clone(&self.lobby), self.number);
+        let (places, number) = (Arc::clone(&self.places), self.number);
         let rest = SHORTEST_PLACE.saturating_sub(self.since.elapsed());
-        let leave = move || drop(lobby.places().guests.remove(&number));
+        let leave = move || drop(places.taken().connections.remove(&number));
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) if !rest.is_zero() => drop(runtime.spawn(async move {
                 tokio::time::sleep(rest).await;
@@ -168,20 +178,24 @@ mod tests {
     }
 
     #[test]
-    fn one_address_has_its_share_and_a_crowd_gives_way() {
+    fn one_address_has_its_share_and_the_address_with_the_most_gives_way() {
         let limits = Limits { enrolment_connections: 5, enrolment_connections_per_address: 3, ..Limits::default() };
-        let lobby = Lobby::new(limits);
-        let mut crowd: Vec<Place> = (0..3).map(|_| lobby.enter(address(1)).unwrap()).collect();
-        assert_eq!(lobby.enter(address(1)).err(), Some(Bound::EnrolmentConnectionsPerAddress));
-        let others = [lobby.enter(address(2)).unwrap(), lobby.enter(address(3)).unwrap()];
-        let newcomer = lobby.enter(address(4)).unwrap();
-        assert!(crowd[0].evicted.try_recv().is_ok(), "the oldest of the address with the most");
-        assert!(crowd[1].evicted.try_recv().is_err());
-        // The next one costs the crowd its second place. Then nobody has more than another.
-        let _second = lobby.enter(address(5)).unwrap();
-        assert_eq!(lobby.enter(address(2)).err(), Some(Bound::EnrolmentConnections));
-        drop((crowd, others, newcomer));
-        assert_eq!(lobby.places().guests.len(), 1);
+        let places = EnrolmentPlaces::new(limits);
+        let mut of_one: Vec<EnrolmentPlace> = (0..3).map(|_| places.take(address(1)).unwrap()).collect();
+        assert_eq!(places.take(address(1)).err(), Some(Bound::EnrolmentConnectionsPerAddress));
+        let others = [places.take(address(2)).unwrap(), places.take(address(3)).unwrap()];
+        let newcomer = places.take(address(4)).unwrap();
+        assert!(of_one[0].evicted.try_recv().is_ok(), "the oldest of the address with the most");
+        assert!(of_one[1].evicted.try_recv().is_err());
+        // It counts until it is closed: its address opens no further socket meanwhile.
+        assert_eq!(places.taken().connections.len(), 6);
+        assert_eq!(places.take(address(1)).err(), Some(Bound::EnrolmentConnectionsPerAddress));
+        // The next one costs the address its second place. Then nobody has more than another.
+        let _second = places.take(address(5)).unwrap();
+        assert!(of_one[1].evicted.try_recv().is_ok() && of_one[2].evicted.try_recv().is_err());
+        assert_eq!(places.take(address(2)).err(), Some(Bound::EnrolmentConnections));
+        drop((of_one, others, newcomer));
+        assert_eq!(places.taken().connections.len(), 1);
     }
 
     #[test]
