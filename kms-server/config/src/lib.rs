@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kms_base::bounds::Limits;
-use kms_domain::{IslandName, Retention};
+use kms_domain::{IslandName, KeyClass, Retention};
 use kms_ledger::RestoreSettings;
 use serde::{Deserialize, Deserializer, de};
 
@@ -114,7 +114,12 @@ impl Config {
         config.hsm.check()?;
         config.limits.check()?;
         config.storage.check()?;
-        config.enrolment.as_ref().map_or(Ok(()), EnrolmentSection::check)?;
+        if let Some(enrolment) = &config.enrolment {
+            enrolment.check()?;
+            if config.hsm.token_of(KeyClass::Ca).is_none() {
+                return Err("[enrolment]: a server without the CA key enrols nobody: name the token in `hsm.classes.ca`, or remove the section and enrol on a server that has it".to_owned());
+            }
+        }
         Ok(config)
     }
 }
@@ -207,7 +212,6 @@ fn default_listen() -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
-    use kms_domain::KeyClass;
 
     use super::*;
 
@@ -248,6 +252,10 @@ pin = { file = "pin" }
         let cases = [
             (format!("{LEAST}[enrolment]\n"), "listen"),
             (format!("{LEAST}[enrolment]\nlisten = \"127.0.0.1:7444\"\nserver = \"kms\"\n"), "[enrolment] server"),
+            (
+                format!("{LEAST}{token}[hsm.classes]\nsession = \"main\"\n[enrolment]\nlisten = \"127.0.0.1:7444\"\n"),
+                "`hsm.classes.ca`",
+            ),
             (LEAST.replace("island =", "iland ="), "iland"),
             (LEAST.replace("island = \"north\"", "island = \"North\""), "island"),
             (LEAST.replace("sqlite = \"island.db\"", ""), "storage"),
