@@ -143,16 +143,18 @@ impl From<SessionError> for Failure {
 
 impl From<FieldError> for Failure {
     fn from(error: FieldError) -> Self {
+        let said = error.to_string();
         match error {
             // The caller has no certificate that the server could not accept.
             FieldError::Server(error) if error.code() == Code::Unauthenticated => {
                 Self::new(Kind::Refused, error.message())
             }
             FieldError::Server(error) => error.into(),
+            FieldError::Unanswered(cause) => Self { text: said, hint: String::new(), ..Self::from(*cause) },
             FieldError::Connect(error) => error.into(),
             FieldError::Parse(error) => error.into(),
             FieldError::Vault(error) => error.into(),
-            other => Self::failed(other.to_string()),
+            _ => Self::failed(said),
         }
     }
 }

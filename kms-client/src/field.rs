@@ -21,6 +21,7 @@
 mod code;
 mod enrolment;
 mod error;
+mod pending;
 mod vault;
 
 use std::path::{Path, PathBuf};
@@ -28,12 +29,14 @@ use std::path::{Path, PathBuf};
 use kms_proto::v1 as proto;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _};
 use serde::{Deserialize, Serialize};
+use tonic::Code;
 use x509_parser::prelude::FromDer as _;
 use zeroize::{Zeroize as _, ZeroizeOnDrop, Zeroizing};
 
 pub use self::code::OneTimeCode;
 pub use self::enrolment::EnrolmentServer;
 pub use self::error::FieldError;
+use self::pending::PendingKeys;
 use self::vault::Vault;
 pub use self::vault::{Pin, VaultError};
 use crate::connection::TlsIdentity;
@@ -73,12 +76,46 @@ struct Content {
     /// PKCS#8 PEM.
     key: String,
     transport_key: String,
+    /// A renewal that has no answer yet.
+    #[zeroize(skip)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    renewal: Option<Renewal>,
+}
+
+/// A request for a certificate. It is repeated with the same id and the same key, so a lost answer
+/// uses up no second certificate.
+#[derive(Clone, Deserialize, Serialize, ZeroizeOnDrop)]
+#[serde(deny_unknown_fields)]
+struct Renewal {
+    /// 16 octets, hex.
+    #[zeroize(skip)]
+    request_id: String,
+    /// PKCS#8 PEM.
+    key: String,
+}
+
+impl Renewal {
+    fn new(handheld: &str) -> Result<Self, FieldError> {
+        let made = KeyRequest::for_device(handheld)?;
+        Ok(Self { request_id: hex::encode(new_request_id().octets()), key: made.key_pem().to_owned() })
+    }
+
+    fn request(&self, handheld: &str) -> Result<proto::RenewPrincipalRequest, FieldError> {
+        let key = KeyRequest::of_device_key(handheld, &self.key)?;
+        Ok(proto::RenewPrincipalRequest {
+            request_id: hex::decode(&self.request_id).map_err(|_| VaultError::Newer)?.into(),
+            principal: handheld.to_owned(),
+            certificate_request: key.certificate_request().to_vec().into(),
+            ..proto::RenewPrincipalRequest::default()
+        })
+    }
 }
 
 impl Device {
     /// Enrols this machine as the handheld of a code: makes its TLS key and its transport key,
     /// verifies the server, sends the code, and writes the certificates and the encrypted keys into
-    /// the directory.
+    /// the directory. The keys are stored before the code is sent: if the answer is lost, another
+    /// call with this code and this PIN goes on with them.
     ///
     /// # Errors
     /// The directory has a device already, or cannot be written; the server is not of the code's
@@ -89,9 +126,7 @@ impl Device {
         code: &EnrolmentCode,
         pin: &Pin,
     ) -> Result<Self, FieldError> {
-        // What cannot be stored is not asked for: the code is used up.
-        let vault = Vault::create(directory.into(), pin)?;
-        let (tls, transport) = (KeyRequest::for_device(code.name())?, KeyRequest::for_device(code.name())?);
+        let PendingKeys { vault, tls, transport } = PendingKeys::of(directory.into(), code, pin)?;
         let answer = server.enrol(code, &tls, &transport).await?;
         let root = answer.chain.last().filter(|root| code.is_root(root));
         let root = root.ok_or(FieldError::Answer("its chain does not end with the island's root"))?;
@@ -109,6 +144,7 @@ impl Device {
             technician: answer.technician,
             key: tls.key_pem().to_owned(),
             transport_key: transport.key_pem().to_owned(),
+            renewal: None,
         };
         let device = Self { vault, content };
         // Certificates of other keys show now, and not in the field.
@@ -206,24 +242,39 @@ impl Device {
     }
 
     /// Gets a certificate for a new TLS key, and stores both. The earlier certificate ends by
-    /// itself.
+    /// itself. The new key is stored before the server is asked: if the answer is lost, another
+    /// call, today or after a restart, repeats the same request and gets the same certificate.
     ///
     /// # Errors
     /// No connection; the server refuses; or the file cannot be written. The earlier key stays in
     /// use then.
     pub async fn renew(&mut self) -> Result<(), FieldError> {
-        let made = KeyRequest::for_device(&self.content.handheld)?;
-        let request = proto::RenewPrincipalRequest {
-            request_id: new_request_id().octets().to_vec().into(),
-            principal: self.content.handheld.clone(),
-            certificate_request: made.certificate_request().to_vec().into(),
-            ..proto::RenewPrincipalRequest::default()
+        let renewal = match &self.content.renewal {
+            Some(pending) => pending.clone(),
+            None => {
+                let renewal = Renewal::new(&self.content.handheld)?;
+                self.content.renewal = Some(renewal.clone());
+                // What cannot be stored is not asked for.
+                self.store().inspect_err(|_| self.content.renewal = None)?;
+                renewal
+            }
         };
+        let request = renewal.request(&self.content.handheld)?;
         let mut principals = self.connect().await?.principals();
-        let issued = principals.renew_principal(request).await.map_err(ServerError::from)?.into_inner();
-        let key = std::mem::replace(&mut self.content.key, made.key_pem().to_owned());
+        let issued = match principals.renew_principal(request).await.map_err(ServerError::from) {
+            Ok(issued) => issued.into_inner(),
+            Err(error) => {
+                // The server answers this request no more: the next one is another.
+                if matches!(error.code(), Code::Aborted | Code::InvalidArgument) {
+                    self.content.renewal = None;
+                    self.store()?;
+                }
+                return Err(error.into());
+            }
+        };
+        let key = Zeroizing::new(std::mem::replace(&mut self.content.key, renewal.key.clone()));
         let certificate = std::mem::replace(&mut self.content.certificate, KeyRequest::chain_pem(&issued));
-        let key = Zeroizing::new(key);
+        self.content.renewal = None;
         let stored = self
             .identity()
             .and_then(|identity| identity.config().map_err(FieldError::Identity))
@@ -232,6 +283,7 @@ impl Device {
             self.content.key.zeroize();
             self.content.key.push_str(&key);
             self.content.certificate = certificate;
+            self.content.renewal = Some(renewal);
         }
         stored
     }

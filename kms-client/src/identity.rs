@@ -31,13 +31,21 @@ impl KeyRequest {
         Self::for_subject(name, Vec::new())
     }
 
+    /// A request as [`KeyRequest::for_device`] makes, for a key that is there (PKCS#8 PEM).
+    pub(crate) fn of_device_key(name: &str, key_pem: &str) -> Result<Self, IdentityError> {
+        Self::of_key(&KeyPair::from_pem(key_pem)?, name, Vec::new())
+    }
+
     fn for_subject(name: &str, alternative_names: Vec<SanType>) -> Result<Self, IdentityError> {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        Self::of_key(&KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?, name, alternative_names)
+    }
+
+    fn of_key(key: &KeyPair, name: &str, alternative_names: Vec<SanType>) -> Result<Self, IdentityError> {
         let mut request = CertificateParams::default();
         request.distinguished_name = DistinguishedName::new();
         request.distinguished_name.push(DnType::CommonName, name);
         request.subject_alt_names = alternative_names;
-        let certificate_request = request.serialize_request(&key)?.der().to_vec();
+        let certificate_request = request.serialize_request(key)?.der().to_vec();
         Ok(Self { key_pem: Zeroizing::new(key.serialize_pem()), certificate_request })
     }
 

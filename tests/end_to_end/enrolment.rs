@@ -2,7 +2,9 @@
 
 use std::{
     collections::BTreeSet,
+    net::SocketAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use kms_client::{
@@ -14,6 +16,11 @@ use kms_store_testing::TestDatabase;
 use kms_tests::{DevServer, TestModule, kms};
 use prost::Message as _;
 use proto::audit_record::Event;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    task::{JoinHandle, JoinSet},
+};
 use tonic::{Code, body::Body};
 use tower::ServiceExt as _;
 
@@ -144,6 +151,92 @@ async fn the_server_of_another_island_is_refused_before_anything_is_sent() {
     // The code is as good as before.
     let named = EnrolmentServer::parse(&address, Some("localhost")).unwrap();
     Device::enrol(folder.path().join("one"), &named, &code, &pin).await.unwrap();
+}
+
+/// Forwards connections to the door. It holds back what the server sends after its part of the
+/// handshake, so the answer never comes. Ends with the task.
+fn lose_answers(listener: TcpListener, door: SocketAddr) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((client, _)) = listener.accept().await {
+            connections.spawn(async move {
+                let server = TcpStream::connect(door).await.unwrap();
+                let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+                    (client.into_split(), server.into_split());
+                // The first octets of the client, and what the server says to them.
+                let mut octets = Vec::with_capacity(64 << 10);
+                from_client.read_buf(&mut octets).await.unwrap();
+                to_server.write_all(&octets).await.unwrap();
+                octets.clear();
+                let forwards = async { tokio::io::copy(&mut from_server, &mut to_client).await };
+                let speaks = from_client.read_buf(&mut octets);
+                tokio::select! { read = speaks => drop(read.unwrap()), _ = forwards => {} }
+                to_server.write_all(&octets).await.unwrap();
+                drop(tokio::io::copy(&mut from_client, &mut to_server).await);
+                drop((from_server, to_client));
+            });
+        }
+    })
+}
+
+async fn wait_for_enrolled(server: &DevServer, number: usize) {
+    let enrolled = || recorded(server, |event| matches!(event, Event::HandheldEnrolled(_)).then_some(()));
+    let waiting = async {
+        while enrolled().await.len() < number {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), waiting).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_answer_costs_neither_the_code_nor_an_alarm() {
+    let server = DevServer::start();
+    let (folder, pin) = (tempfile::tempdir().unwrap(), Pin::new(PIN).unwrap());
+    let code =
+        |name: &str| EnrolmentCode::parse(&invite(&server, &["invite", name, "--technician", "Tom Field"])).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let through = EnrolmentServer::parse(&address.to_string(), None).unwrap();
+    let mut losing = lose_answers(listener, server.enrolment_address());
+
+    // The device goes off before the answer comes.
+    let first = code("h-17");
+    let directory = folder.path().join("one");
+    tokio::select! {
+        enrolled = Device::enrol(&directory, &through, &first, &pin) => panic!("{enrolled:?}"),
+        () = wait_for_enrolled(&server, 1) => {}
+    }
+    assert!(!Device::is_in(&directory));
+    let another = Device::enrol(&directory, &door(&server), &first, &Pin::new("another one").unwrap()).await;
+    assert!(matches!(another, Err(FieldError::Vault(VaultError::Pending { .. }))), "{another:?}");
+    let device = Device::enrol(&directory, &door(&server), &first, &pin).await.unwrap();
+    assert_eq!(who_am_i(&device.connect().await.unwrap()).await.unwrap().certificates.len(), 1);
+
+    // The server goes away with the answer, and nothing listens for a while.
+    let (second, directory) = (code("h-18"), folder.path().join("two"));
+    let asked = Device::enrol(&directory, &through, &second, &pin);
+    let interrupted = async {
+        wait_for_enrolled(&server, 2).await;
+        losing.abort();
+        assert!((&mut losing).await.unwrap_err().is_cancelled());
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let listener = TcpListener::bind(address).await.unwrap();
+        let target = server.enrolment_address();
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let mut server = TcpStream::connect(target).await.unwrap();
+                drop(tokio::io::copy_bidirectional(&mut client, &mut server).await);
+            }
+        });
+    };
+    let (device, ()) = tokio::join!(asked, interrupted);
+    assert_eq!(device.unwrap().handheld(), "urn:meterkms:dev:handheld:h-18");
+    let alarms = recorded(&server, |event| match event {
+        Event::SecurityEvent(event) => Some(event.kind),
+        _ => None,
+    });
+    assert!(!alarms.await.contains(&"enrolment-code-twice".to_owned()));
 }
 
 /// Every path of the contract, of health and of reflection.

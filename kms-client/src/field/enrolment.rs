@@ -2,6 +2,7 @@
 //! server's certificates must end with the root whose digest the code has.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kms_domain::{Assurance, EnrolmentCode, ParseError};
 use kms_proto::v1::{self as proto, enrolment_service_client::EnrolmentServiceClient};
@@ -14,6 +15,7 @@ use rustls::{
     crypto::{CryptoProvider, verify_tls13_signature},
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use tonic::Code;
 
 use super::error::FieldError;
 use crate::connection::{crypto, finished, tls_1_3};
@@ -58,33 +60,14 @@ impl EnrolmentServer {
         format!("{host}:{}", answer.server_port)
     }
 
-    /// Sends the code and both certificate requests. If the answer is lost, it is asked for again:
-    /// the same keys get the same answer.
+    /// Sends the code and both certificate requests. If the answer is lost, it is asked for again
+    /// for about a minute, in which a server starts: the same keys get the same answer.
     pub(super) async fn enrol(
         &self,
         code: &EnrolmentCode,
         tls: &KeyRequest,
         transport: &KeyRequest,
     ) -> Result<proto::EnrolResponse, FieldError> {
-        let mut attempt = 0;
-        loop {
-            attempt += 1;
-            match self.enrol_once(code, tls, transport).await {
-                Err(FieldError::Server(error)) if error.is_unavailable() && attempt < ATTEMPTS => {
-                    tokio::time::sleep(error.retry_after().unwrap_or_default().clamp(PAUSE, LONGEST_PAUSE)).await;
-                }
-                outcome => return outcome,
-            }
-        }
-    }
-
-    async fn enrol_once(
-        &self,
-        code: &EnrolmentCode,
-        tls: &KeyRequest,
-        transport: &KeyRequest,
-    ) -> Result<proto::EnrolResponse, FieldError> {
-        let connection = self.connect(code).await?;
         let request = proto::EnrolRequest {
             name: code.name().to_owned(),
             code_id: code.id().0.to_vec().into(),
@@ -93,8 +76,34 @@ impl EnrolmentServer {
             transport_certificate_request: transport.certificate_request().to_vec().into(),
             assurance: Assurance::Software.name().to_owned(),
         };
-        let mut door = EnrolmentServiceClient::new(connection.channel());
-        Ok(door.enrol(request).await.map_err(ServerError::from)?.into_inner())
+        let (mut sent, mut lost, mut pause) = (None, false, PAUSE);
+        loop {
+            let (error, earliest) = match self.connect(code).await {
+                Ok(connection) => {
+                    sent.get_or_insert_with(Instant::now);
+                    let mut door = EnrolmentServiceClient::new(connection.channel());
+                    match door.enrol(request.clone()).await.map_err(ServerError::from) {
+                        Ok(answer) => return Ok(answer.into_inner()),
+                        Err(error) if error.is_unavailable() => {
+                            // Where a bound is met, the server has not used the code.
+                            lost |= error.code() != Code::ResourceExhausted;
+                            let earliest = error.retry_after().unwrap_or_default();
+                            (error.into(), earliest)
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                // The server that had the code may be starting again.
+                Err(error @ FieldError::Connect(_)) if sent.is_some() => (error, Duration::ZERO),
+                Err(error) => return Err(error),
+            };
+            let wait = pause.max(earliest);
+            if sent.is_none_or(|sent| sent.elapsed() + wait > REPEATED_FOR) {
+                return Err(if lost { FieldError::Unanswered(Box::new(error)) } else { error });
+            }
+            tokio::time::sleep(wait).await;
+            pause = (2 * pause).min(LONGEST_PAUSE);
+        }
     }
 
     /// Connects, and verifies the server with the code. Nothing is sent over the connection. For
@@ -168,9 +177,9 @@ impl ServerCertVerifier for RootOfCode {
     }
 }
 
-/// How often the answer is asked for.
-const ATTEMPTS: u32 = 4;
-const PAUSE: std::time::Duration = std::time::Duration::from_millis(300);
-const LONGEST_PAUSE: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long a lost answer is asked for.
+const REPEATED_FOR: Duration = Duration::from_mins(1);
+const PAUSE: Duration = Duration::from_millis(300);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// In the text of the error of TLS.
 const UNKNOWN_ISSUER: &str = "UnknownIssuer";

@@ -26,6 +26,11 @@ pub enum FieldError {
     /// The server refuses, or fails.
     #[error(transparent)]
     Server(#[from] ServerError),
+    /// The code was sent, and no answer came.
+    #[error(
+        "{0}; the code was sent and may be used: run the same command again, with the same code and the same PIN, before the code expires"
+    )]
+    Unanswered(Box<FieldError>),
     /// The server's answer is wrong.
     #[error("the server's answer cannot be used: {0}; tell the operators of the server")]
     Answer(&'static str),

@@ -18,6 +18,7 @@ fn device(directory: &Path, pin: &Pin) -> Device {
         transport_certificate: certificate,
         key: key.key_pem().to_owned(),
         transport_key: "the transport key".to_owned(),
+        renewal: None,
     };
     let device = Device { vault: Vault::create(directory.to_owned(), pin).unwrap(), content };
     device.store().unwrap();
@@ -142,4 +143,53 @@ fn the_file_of_a_device_is_the_documented_one() {
     let pin = Pin::new(vector["pin"].as_str().unwrap()).unwrap();
     let (_, content) = Vault::open(directory.path().to_owned(), &pin).unwrap();
     assert_eq!(*content, octets("content"));
+}
+
+#[tokio::test]
+async fn a_renewal_is_repeated_with_the_same_id_and_key_until_it_is_answered() {
+    let directory = tempfile::tempdir().unwrap();
+    let pin = Pin::new("482915").unwrap();
+    let mut made = device(directory.path(), &pin);
+    // Nothing listens there.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    made.content.server = free.to_string();
+    let mut asked = Vec::new();
+    for _ in 0..2 {
+        assert!(matches!(made.renew().await, Err(FieldError::Connect(_))));
+        // After a restart of the device, too.
+        made = Device::unlock(directory.path(), &pin).unwrap();
+        let renewal = made.content.renewal.clone().unwrap();
+        let request = renewal.request(made.handheld()).unwrap();
+        asked.push((request.request_id, KeyRequest::key_sha256(&request.certificate_request).unwrap()));
+        assert!(made.content.key != renewal.key, "the earlier key stays in use");
+    }
+    assert_eq!(asked[0], asked[1]);
+}
+
+#[test]
+fn the_keys_of_an_enrolment_are_stored_before_it_and_belong_to_its_code() {
+    let directory = tempfile::tempdir().unwrap();
+    let pin = Pin::new("482915").unwrap();
+    let code = |octet| EnrolmentCode::new("h-17", &[octet; 21], b"the root").unwrap();
+    let keys = |octet, pin: &Pin| {
+        PendingKeys::of(directory.path().to_owned(), &code(octet), pin).map(|keys| {
+            let requests = [keys.tls.certificate_request(), keys.transport.certificate_request()];
+            requests.map(|request| KeyRequest::key_sha256(request).unwrap())
+        })
+    };
+    let first = keys(1, &pin).unwrap();
+    assert!(!Device::is_in(directory.path()));
+    let file = directory.path().join("enrolment.sealed");
+    assert!(!std::fs::read(&file).unwrap().windows(11).any(|window| window == b"PRIVATE KEY"));
+    assert_eq!(keys(1, &pin).unwrap(), first);
+    let refused = keys(1, &Pin::new("482916").unwrap());
+    assert!(matches!(refused, Err(FieldError::Vault(VaultError::Pending { .. }))));
+    // Another code has other keys, and replaces them.
+    let second = keys(2, &pin).unwrap();
+    assert!(second.iter().all(|key| !first.contains(key)));
+    assert_ne!(keys(1, &pin).unwrap(), first);
+    // With the device they are gone.
+    device(directory.path(), &pin);
+    assert!(!file.exists());
+    assert!(matches!(keys(1, &pin), Err(FieldError::Vault(VaultError::Exists { .. }))));
 }

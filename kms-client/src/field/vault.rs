@@ -51,6 +51,9 @@ pub(super) struct Vault {
     key: LessSafeKey,
 }
 
+/// A file that the PIN has opened, and its content.
+type Opened = (Vault, Zeroizing<Vec<u8>>);
+
 impl Vault {
     /// Prepares the file of a new device in a directory, which is made.
     ///
@@ -64,19 +67,36 @@ impl Vault {
         rand::fill(&mut salt).map_err(|_| VaultError::Cryptography)?;
         let vault = Self { key: derive(pin, &salt)?, directory, salt };
         create_private_directory(&vault.directory).map_err(|error| vault.unwritable(error))?;
-        // Found out now: later, the code is used up.
-        let trial = vault.directory.join(TRIAL);
-        write_private_file(&trial, b"").map_err(|error| vault.unwritable(error))?;
-        fs::remove_file(&trial).map_err(|error| vault.unwritable(error))?;
         Ok(vault)
+    }
+
+    /// Opens the file of an enrolment that has no answer yet: its content, and the file of the
+    /// device to be. `None`: there is none.
+    ///
+    /// # Errors
+    /// The directory has a device; the PIN is another one, or the file was changed.
+    pub(super) fn open_pending(directory: &Path, pin: &Pin) -> Result<Option<Opened>, VaultError> {
+        if Self::is_in(directory) {
+            return Err(VaultError::Exists { directory: directory.to_owned() });
+        }
+        match Self::open_file(directory.to_owned(), PENDING, pin) {
+            Ok(opened) => Ok(Some(opened)),
+            Err(VaultError::None { .. }) => Ok(None),
+            Err(VaultError::Wrong) => Err(VaultError::Pending { path: directory.join(PENDING) }),
+            Err(other) => Err(other),
+        }
     }
 
     /// Opens the file of a device: its content.
     ///
     /// # Errors
     /// There is none; the PIN is wrong, or the file was changed.
-    pub(super) fn open(directory: PathBuf, pin: &Pin) -> Result<(Self, Zeroizing<Vec<u8>>), VaultError> {
-        let path = directory.join(FILE);
+    pub(super) fn open(directory: PathBuf, pin: &Pin) -> Result<Opened, VaultError> {
+        Self::open_file(directory, FILE, pin)
+    }
+
+    fn open_file(directory: PathBuf, name: &str, pin: &Pin) -> Result<Opened, VaultError> {
+        let path = directory.join(name);
         let mut octets = Zeroizing::new(Vec::new());
         let file = fs::File::open(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => VaultError::None { directory: directory.clone() },
@@ -105,11 +125,26 @@ impl Vault {
         &self.directory
     }
 
-    /// Writes the file, whole or not at all.
+    /// Writes the file of the device, whole or not at all. An enrolment has its answer then.
     ///
     /// # Errors
     /// It cannot be written.
     pub(super) fn write(&self, content: &[u8]) -> Result<(), VaultError> {
+        self.write_file(FILE, content)?;
+        // It has no keys but those of the device, so one that stays does no harm.
+        drop(fs::remove_file(self.directory.join(PENDING)));
+        Ok(())
+    }
+
+    /// Writes the file of an enrolment that has no answer yet, whole or not at all.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub(super) fn write_pending(&self, content: &[u8]) -> Result<(), VaultError> {
+        self.write_file(PENDING, content)
+    }
+
+    fn write_file(&self, name: &str, content: &[u8]) -> Result<(), VaultError> {
         let mut nonce = [0; NONCE_LEN];
         rand::fill(&mut nonce).map_err(|_| VaultError::Cryptography)?;
         let mut file = [&MAGIC[..], &[VERSION], &self.salt, &nonce].concat();
@@ -119,7 +154,7 @@ impl Vault {
             .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::from(&file), &mut *sealed)
             .map_err(|_| VaultError::Cryptography)?;
         file.extend_from_slice(&sealed);
-        write_private_file(&self.directory.join(FILE), &file).map_err(|error| self.unwritable(error))
+        write_private_file(&self.directory.join(name), &file).map_err(|error| self.unwritable(error))
     }
 
     fn unwritable(&self, error: io::Error) -> VaultError {
@@ -195,6 +230,14 @@ pub enum VaultError {
         /// What the operating system says.
         error: io::Error,
     },
+    /// The file of an enrolment that has no answer yet does not open.
+    #[error(
+        "an enrolment was begun here with another PIN: type that one; if you do not know it, ask the officer for a new code, and remove `{}` first", .path.display()
+    )]
+    Pending {
+        /// The file.
+        path: PathBuf,
+    },
     /// It does not open.
     #[error(
         "the PIN is wrong, or the file of the device was changed; if the PIN is forgotten, an officer hands the handheld over again: `kms handheld hand-over`"
@@ -209,7 +252,8 @@ pub enum VaultError {
 }
 
 const FILE: &str = "device.sealed";
-const TRIAL: &str = "trial";
+/// Of an enrolment that has no answer yet.
+const PENDING: &str = "enrolment.sealed";
 const MAGIC: &[u8; 8] = b"KMSFIELD";
 const VERSION: u8 = 1;
 const SALT: usize = 16;
