@@ -56,6 +56,13 @@ pub struct EnrolRequest {
     pub assurance: Assurance,
 }
 
+impl EnrolRequest {
+    /// The SHA-256 of its TLS key and of its transport key.
+    fn keys(&self) -> ([u8; 32], [u8; 32]) {
+        (self.tls.spki_sha256(), self.transport.spki_sha256())
+    }
+}
+
 impl EnrolmentService {
     /// The use case for an island with this authority.
     pub const fn new(island: Arc<IslandContext>, authority: CertificateAuthority) -> Self {
@@ -112,6 +119,11 @@ impl EnrolmentService {
             async move {
                 let act = committer.act(ServerAct::ENROL, reads, move |view| {
                     let invitation = view.invitation(&asked.handheld)?.ok_or_else(refused)?;
+                    if !fits(&invitation, &asked) {
+                        return Err(refused());
+                    }
+                    // A thief is noticed whatever became of the officer.
+                    refuse_second_device(view, &asked, &invitation)?;
                     let inviter = view.principal(&invitation.invited_by)?.ok_or_else(refused)?;
                     // I8: the right of the officer, as it is now.
                     let action = match invitation.occasion {
@@ -120,7 +132,7 @@ impl EnrolmentService {
                     };
                     let may_invite = inviter.status == PrincipalStatus::Enabled
                         && Asker::new(inviter, policy.load_full()).permits(&action, &Resource::Island);
-                    if !may_invite || !fits(&invitation, &asked) {
+                    if !may_invite {
                         return Err(refused());
                     }
                     decide(view, &asked, &invitation, issued.as_ref(), &everyone)
@@ -188,6 +200,29 @@ fn fits(invitation: &Invitation, asked: &EnrolRequest) -> bool {
     invitation.code_id == asked.code_id && invitation.is_answered_by(&asked.secret)
 }
 
+/// Refuses a device whose code was used with other keys, on the record: two devices have had it.
+fn refuse_second_device(
+    view: &mut View<'_, '_>,
+    asked: &EnrolRequest,
+    invitation: &Invitation,
+) -> Result<(), ServiceError> {
+    let Some(InvitationEnd::Used(device)) = &invitation.end else { return Ok(()) };
+    if (device.tls_key_sha256, device.transport_key_sha256) == asked.keys() {
+        return Ok(());
+    }
+    let (handheld, technician) = (&asked.handheld, invitation.technician.as_str());
+    view.alert_refused(
+        "enrolment-code-twice",
+        format!(
+            "a second device came with the code of `{handheld}`, which another one has used: ask `{technician}` whether the first one is theirs; if not, somebody \
+             has the code: `kms principal disable {handheld}`; if `{technician}` has one device, whose files were lost before the first answer came: \
+             `kms handheld hand-over {} --technician '{technician}'`",
+            handheld.name()
+        ),
+    );
+    Err(refused())
+}
+
 /// Enrols the device that has the right code, or gives it the answer that it had.
 fn decide(
     view: &mut View<'_, '_>,
@@ -197,27 +232,14 @@ fn decide(
     everyone: &Everyone,
 ) -> Result<Decision<v1::EnrolResponse>, ServiceError> {
     let now = view.now();
-    let keys = (asked.tls.spki_sha256(), asked.transport.spki_sha256());
+    let keys = asked.keys();
     if let Some(InvitationEnd::Used(device)) = &invitation.end {
-        if (device.tls_key_sha256, device.transport_key_sha256) == keys {
-            // The answer was lost on its way.
-            return if now < invitation.expires {
-                Ok(Decision::unchanged(answer(invitation, device)))
-            } else {
-                Err(refused())
-            };
-        }
-        // Two devices have had this code: one of them stole it.
-        view.alert_refused(
-            "enrolment-code-twice",
-            format!(
-                "a second device came with the code of `{}`, which another one has used: ask `{}` whether the first one is theirs; if not, `kms principal disable {}`",
-                asked.handheld,
-                invitation.technician.as_str(),
-                asked.handheld
-            ),
-        );
-        return Err(refused());
+        // The same device: its answer was lost on its way.
+        return if now < invitation.expires {
+            Ok(Decision::unchanged(answer(invitation, device)))
+        } else {
+            Err(refused())
+        };
     }
     if invitation.state(now) != InvitationState::Pending {
         return Err(refused());
@@ -228,7 +250,7 @@ fn decide(
     })?;
     refuse_shared_key(&everyone.rows(view)?, &asked.handheld, &issued.tls.key_sha256)?;
     // Counts one more: no rows of all principals are read afterwards.
-    let mut principal = beneficiary(view, invitation, everyone)?;
+    let mut principal = enrolled_principal(view, invitation, everyone)?;
     let not_p256 = || ServiceError::Internal("a transport certificate without a P-256 key".to_owned());
     // I6: one officer stands behind it. Nobody counts as a person with a handheld anyway.
     let certificate = issued.tls.for_principal(Enrolment::OnePerson, Some(invitation.invited_by.clone()));
@@ -262,7 +284,7 @@ fn decide(
 }
 
 /// The principal that the device becomes, still without keys.
-fn beneficiary(
+fn enrolled_principal(
     view: &mut View<'_, '_>,
     invitation: &Invitation,
     everyone: &Everyone,
