@@ -44,7 +44,7 @@ pub(super) fn party(text: &str) -> Result<String, ParseError> {
 /// The name of a handheld, or its URI.
 pub(super) fn handheld(text: &str) -> Result<String, String> {
     if !text.contains(':') {
-        return group_name(text);
+        return handheld_name(text);
     }
     let principal = PrincipalId::parse(text).map_err(|error| error.to_string())?;
     if principal.role() == Role::Handheld {
@@ -60,8 +60,5 @@ pub(super) fn digest(text: &str) -> Result<[u8; 32], String> {
 
 /// The name of a handheld: the last part of its URI.
 pub(crate) fn handheld_name(text: &str) -> Result<String, String> {
-    let any = kms_domain::IslandName::parse("any").map_err(|error| error.to_string())?;
-    kms_domain::PrincipalId::new(any, kms_domain::Role::Handheld, text)
-        .map(|id| id.name().to_owned())
-        .map_err(|error| error.reason().to_owned())
+    PrincipalId::check_name(text).map(|()| text.to_owned()).map_err(|error| error.reason().to_owned())
 }

@@ -1,7 +1,7 @@
 //! A new one-time code, for the tool of an officer.
 
 use aws_lc_rs::rand;
-use kms_domain::{CodeId, CodeSecret, EnrolmentCode, ParseError, code_digest};
+use kms_domain::{CodeSecret, EnrolmentCode, ParseError, code_digest};
 use kms_proto::v1 as proto;
 use zeroize::Zeroizing;
 
@@ -26,12 +26,9 @@ impl OneTimeCode {
 
     /// What the server stores of it.
     pub fn digest(&self) -> proto::CodeDigest {
-        let (mut id, mut secret) = ([0; 6], Zeroizing::new([0; 15]));
-        let (first, second) = self.random.split_at(id.len());
-        id.copy_from_slice(first);
-        secret.copy_from_slice(second);
-        let sha256 = code_digest(&self.name, CodeId(id), &CodeSecret::new(*secret));
-        proto::CodeDigest { code_id: id.to_vec().into(), sha256: sha256.to_vec().into() }
+        let (id, secret) = CodeSecret::split(&self.random);
+        let sha256 = code_digest(&self.name, id, &secret);
+        proto::CodeDigest { code_id: id.0.to_vec().into(), sha256: sha256.to_vec().into() }
     }
 
     /// The code in its text form, for the island of this root certificate (DER).

@@ -372,8 +372,16 @@ impl PrincipalId {
     /// # Errors
     /// The name has another form.
     pub fn new(island: IslandName, role: Role, name: &str) -> Result<Self, ParseError> {
-        parse_name("principal", name, 64)?;
+        Self::check_name(name)?;
         Ok(Self { island, role, name: name.into() })
+    }
+
+    /// Whether a principal of any island and role can have this name.
+    ///
+    /// # Errors
+    /// It has another form.
+    pub fn check_name(name: &str) -> Result<(), ParseError> {
+        parse_name("principal", name, 64)
     }
 
     /// The principal of a URI.

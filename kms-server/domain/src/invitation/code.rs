@@ -6,9 +6,9 @@
 use std::fmt;
 
 use aws_lc_rs::digest::{Context, SHA256, digest};
-use zeroize::{Zeroize as _, ZeroizeOnDrop, Zeroizing};
+use zeroize::{ZeroizeOnDrop, Zeroizing};
 
-use crate::{IslandName, ParseError, PrincipalId, Role};
+use crate::{ParseError, PrincipalId};
 
 /// The public part of a code: 6 random octets. Only a code with the right one counts as a wrong
 /// code for an invitation, so a stranger who knows the name of a handheld cannot end it.
@@ -23,6 +23,16 @@ impl CodeSecret {
     /// The secret of these octets.
     pub const fn new(octets: [u8; 15]) -> Self {
         Self(octets)
+    }
+
+    /// The public part and the secret of a new code, of 21 octets of a cryptographic random
+    /// generator.
+    pub fn split(random: &[u8; 21]) -> (CodeId, Self) {
+        let (mut id, mut secret) = ([0; 6], Self([0; 15]));
+        let (first, second) = random.split_at(id.len());
+        id.copy_from_slice(first);
+        secret.0.copy_from_slice(second);
+        (CodeId(id), secret)
     }
 
     /// The secret of a message's field.
@@ -76,14 +86,9 @@ impl EnrolmentCode {
     /// # Errors
     /// The name is not that of a handheld.
     pub fn new(name: &str, random: &[u8; 21], root: &[u8]) -> Result<Self, ParseError> {
-        let (mut id, mut secret) = ([0; 6], [0; 15]);
-        let (first, second) = random.split_at(id.len());
-        id.copy_from_slice(first);
-        secret.copy_from_slice(second);
-        let code =
-            Self { name: checked(name)?, id: CodeId(id), secret: CodeSecret(secret), root: RootDigest::of(root) };
-        secret.zeroize();
-        Ok(code)
+        PrincipalId::check_name(name)?;
+        let (id, secret) = CodeSecret::split(random);
+        Ok(Self { name: name.to_owned(), id, secret, root: RootDigest::of(root) })
     }
 
     /// Reads a code as a person typed it: `NAME/` and 64 characters. Case, spaces and hyphens do
@@ -97,7 +102,8 @@ impl EnrolmentCode {
             .trim()
             .split_once('/')
             .ok_or_else(|| refuse("it is not NAME/CODE, as `kms handheld invite` printed it"))?;
-        let name = checked(&name.to_ascii_lowercase())?;
+        let name = name.to_ascii_lowercase();
+        PrincipalId::check_name(&name)?;
         let payload = decode(typed)
             .ok_or_else(|| refuse("it does not have 64 letters and digits after the `/` (U is not among them)"))?;
         let (content, sum) = payload.split_at(CONTENT);
@@ -177,12 +183,6 @@ impl RootDigest {
         }
         Self(leftmost)
     }
-}
-
-/// The name, if a handheld can have it.
-fn checked(name: &str) -> Result<String, ParseError> {
-    // The rule for names is that of every island.
-    PrincipalId::new(IslandName::parse("any")?, Role::Handheld, name).map(|id| id.name().to_owned())
 }
 
 /// The check sum: the leftmost 3 octets of SHA-256 over a label, the name and the content. It finds
