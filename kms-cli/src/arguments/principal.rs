@@ -85,7 +85,7 @@ pub(crate) struct AddPrincipal {
     /// Principal URI: urn:meterkms:ISLAND:ROLE:NAME
     #[arg(value_name = "URN", value_parser = PrincipalId::parse)]
     pub(crate) principal: PrincipalId,
-    /// Person behind an officer's or auditor's certificate
+    /// Person behind an officer's or auditor's certificate, or technician of a handheld
     #[arg(long, value_name = "TEXT")]
     pub(crate) person: Option<String>,
     /// Client system title that the principal may use, 16 hex digits; may be repeated

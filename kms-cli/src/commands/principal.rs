@@ -261,7 +261,7 @@ fn principal_facts(principal: &proto::Principal) -> Vec<(&'static str, String)> 
     let mut facts = vec![
         ("principal", principal.principal.clone()),
         ("status", principal.status.clone()),
-        (if principal.assurance.is_empty() { "person" } else { "technician" }, principal.person.clone()),
+        (if is_handheld(principal) { "technician" } else { "person" }, principal.person.clone()),
         ("assurance", principal.assurance.clone()),
         ("client titles", titles(principal)),
         ("certificate until", output::time(principal.certificate_not_after_ms)),
@@ -317,6 +317,10 @@ fn is_person(principal: &proto::Principal) -> bool {
     PrincipalId::parse(&principal.principal).is_ok_and(|id| matches!(id.role(), Role::Officer | Role::Auditor))
 }
 
+fn is_handheld(principal: &proto::Principal) -> bool {
+    PrincipalId::parse(&principal.principal).is_ok_and(|id| id.role() == Role::Handheld)
+}
+
 /// Head-ends and handhelds get keys, and need a transport key for it.
 fn is_grantee(principal: &proto::Principal) -> bool {
     PrincipalId::parse(&principal.principal).is_ok_and(|id| matches!(id.role(), Role::HeadEnd | Role::Handheld))
@@ -353,4 +357,20 @@ fn certificate_request(path: &Path) -> Result<Vec<u8>, Failure> {
         .map_err(|_| {
             Failure::usage(format!("--certificate-request: `{}` is not a PKCS#10 request in PEM", path.display()))
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_person_of_a_handheld_is_its_technician_however_it_was_registered() {
+        let named = |role: &str| {
+            let principal = format!("urn:meterkms:dev:{role}:one");
+            let principal =
+                proto::Principal { principal, person: "Ida Berg".to_owned(), ..proto::Principal::default() };
+            principal_facts(&principal).into_iter().find(|(_, value)| value == "Ida Berg").map(|(label, _)| label)
+        };
+        assert_eq!((named("handheld"), named("officer")), (Some("technician"), Some("person")));
+    }
 }

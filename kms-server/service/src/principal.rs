@@ -58,7 +58,7 @@ pub struct NewPrincipal {
     pub id: PrincipalId,
     /// Its TLS key. `None` only for a manufacturer, which does not have to call the server.
     pub certification: Option<CertificationRequest>,
-    /// The person behind an officer or auditor (I6).
+    /// The person behind an officer or auditor (I6), or the technician of a handheld.
     pub person: Option<PersonName>,
     /// Client system titles that it may use.
     pub client_titles: Vec<SystemTitle>,
