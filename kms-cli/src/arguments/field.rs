@@ -11,14 +11,16 @@ pub(crate) enum FieldCommand {
     /// Enrol this machine as a handheld, with the one-time code of an officer
     #[command(
         after_help = "The keys are made here and stay here, encrypted under the PIN. The server is verified with the code\n\
-        before anything is sent.\n\nExamples:\n  kms field enrol kms.example:7444 h-17/7H2K-…\n  \
-        kms field enrol kms.example:7444 - --pin-file /dev/fd/3 < code"
+        before anything is sent. Other programs of the machine can read arguments: rather give `-`, and\n\
+        type the code when you are asked.\n\nExamples:\n  kms field enrol kms.example:7444 -\n  \
+        kms field enrol kms.example:7444 - --pin-file /dev/fd/3 < code\n  \
+        kms field enrol kms.example:7444 h-17/7H2K-…"
     )]
     Enrol {
         /// Enrolment address of the server, HOST:PORT
         #[arg(value_name = "SERVER")]
         server: String,
-        /// One-time code; `-` reads it from standard input
+        /// One-time code; `-` asks for it at a terminal, and else reads standard input
         #[arg(value_name = "CODE")]
         code: String,
         /// Name in the server's certificate [default: HOST]

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{self, IsTerminal as _, Read as _},
+    io::{self, BufRead, IsTerminal as _, Read as _},
     path::{Path, PathBuf},
 };
 
@@ -40,8 +40,8 @@ pub(crate) async fn run(command: FieldCommand, context: &Context) -> Result<(), 
         }
         FieldCommand::Status { pin } => {
             let device = unlock(&pin, context)?;
-            let next = if device.is_renewal_due() { "\nrenew it: kms field renew\n" } else { "" };
-            show(&device, next, context);
+            let next = if device.is_renewal_due() { renew_it(&device_name(context)?) } else { String::new() };
+            show(&device, &next, context);
             Ok(())
         }
         FieldCommand::Renew { pin } => {
@@ -55,6 +55,11 @@ pub(crate) async fn run(command: FieldCommand, context: &Context) -> Result<(), 
             Ok(())
         }
     }
+}
+
+/// The next step, for the profile that is shown and not the default one.
+fn renew_it(profile: &str) -> String {
+    format!("\nrenew it: kms --profile {profile} field renew\n")
 }
 
 fn show(device: &Device, next: &str, context: &Context) {
@@ -92,26 +97,45 @@ fn unlock(source: &PinSource, context: &Context) -> Result<Device, Failure> {
     Ok(Device::unlock(directory, &pin("PIN: ", source)?)?)
 }
 
+/// The profile of the device.
+fn device_name(context: &Context) -> Result<String, Failure> {
+    let name = context.global.profile.clone().or_else(|| context.state().default_profile());
+    name.ok_or_else(|| Failure::usage("no handheld is selected: give --profile NAME"))
+}
+
 fn device_directory(context: &Context) -> Result<PathBuf, Failure> {
-    let state = context.state();
-    let name = context.global.profile.clone().or_else(|| state.default_profile());
-    let name = name.ok_or_else(|| Failure::usage("no handheld is selected: give --profile NAME"))?;
-    let directory = state.profile_directory(&name);
+    let name = device_name(context)?;
+    let directory = context.state().profile_directory(&name);
     if Device::is_in(&directory) {
         return Ok(directory);
     }
     Err(Failure::usage(format!("the profile `{name}` is no handheld: enrol one with `kms field enrol`")))
 }
 
+/// The code of the argument, or for `-` the one that is typed or piped.
 fn typed_code(code: String) -> Result<Zeroizing<String>, Failure> {
     let code = Zeroizing::new(code);
     if code.as_str() != "-" {
         return Ok(code);
     }
-    let mut typed = Zeroizing::new(String::with_capacity(LONGEST_LINE));
-    let read = io::stdin().take(LONGEST_LINE as u64).read_to_string(&mut typed);
-    read.map_err(|error| Failure::failed(format!("cannot read the code from standard input: {error}")))?;
-    Ok(typed)
+    let asked = io::stdin().is_terminal();
+    if asked {
+        eprint!("One-time code: ");
+    }
+    let read = read_code(io::stdin().lock(), asked);
+    read.map_err(|error| Failure::failed(format!("cannot read the code from standard input: {error}")))
+}
+
+/// The first line that a person types, or all that a pipe has.
+fn read_code(input: impl BufRead, one_line: bool) -> io::Result<Zeroizing<String>> {
+    let mut code = Zeroizing::new(String::with_capacity(LONGEST_LINE));
+    let mut input = input.take(LONGEST_LINE as u64);
+    if one_line {
+        input.read_line(&mut code)?
+    } else {
+        input.read_to_string(&mut code)?
+    };
+    Ok(code)
 }
 
 /// A PIN that is set: typed twice.
@@ -167,3 +191,20 @@ fn pin_of(path: &Path) -> Result<Zeroizing<String>, Failure> {
 
 /// More than a PIN or a code has.
 const LONGEST_LINE: usize = 1_024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_renewal_is_of_the_profile_that_is_shown() {
+        assert!(renew_it("h-17").contains("kms --profile h-17 field renew"));
+    }
+
+    #[test]
+    fn a_typed_code_is_one_line_and_a_piped_one_is_everything() {
+        let typed = b"h-17/7H2K\nthe next answer\n";
+        assert_eq!(read_code(&typed[..], true).unwrap().as_str(), "h-17/7H2K\n");
+        assert_eq!(read_code(&b"h-17/7H2K\n-9ABC\n"[..], false).unwrap().as_str(), "h-17/7H2K\n-9ABC\n");
+    }
+}

@@ -73,9 +73,14 @@ async fn list(context: &Context) -> Result<(), Failure> {
                 let invitation = handheld.invitation.clone().unwrap_or_default();
                 let technician =
                     if principal.person.is_empty() { invitation.technician.clone() } else { principal.person };
+                let status = match (handheld.unreadable, principal.status.is_empty()) {
+                    (true, _) => "does not verify".to_owned(),
+                    (false, true) => "not enrolled".to_owned(),
+                    (false, false) => principal.status,
+                };
                 rows.row([
                     handheld.handheld.clone(),
-                    if principal.status.is_empty() { "not enrolled".to_owned() } else { principal.status },
+                    status,
                     technician,
                     principal.assurance,
                     output::end(principal.certificate_not_after_ms),
@@ -109,9 +114,8 @@ fn show_code(code: &OneTimeCode, answer: proto::Invitation, context: &Context) -
 
 fn code_text(answer: &proto::Invitation, text: &Zeroizing<String>) -> String {
     format!(
-        "{}\nOne-time code, shown only now:\n\n  {}\n\nNext, on the device:\n  kms field enrol HOST:PORT {}\n",
+        "{}\nOne-time code, shown only now:\n\n  {}\n\nNext, on the device, which asks for the code:\n  kms field enrol HOST:PORT -\n",
         facts(invitation_facts(answer)),
-        text.as_str(),
         text.as_str()
     )
 }

@@ -340,9 +340,11 @@ fn a_code_is_made_here_and_names_the_root_of_the_officers_profile() {
     let output = server.kms(&["handheld", "invite", "h-15", "--technician", "Tom Field", "--minutes", "15"]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let shown = text(&output.stdout);
-    for words in ["h-15", "Tom Field", "pending until 2026-", "kms field enrol HOST:PORT h-15/"] {
+    for words in ["h-15", "Tom Field", "pending until 2026-", "kms field enrol HOST:PORT -\n"] {
         assert!(shown.contains(words), "{words}: {shown}");
     }
+    // Not in a command, whose arguments other programs can read.
+    assert_eq!(shown.matches("h-15/").count(), 1, "{shown}");
     let output = server.kms(&["--output", "json", "handheld", "invite", "h-17", "--technician", "Tom Field"]);
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
     let code = kms_client::field::EnrolmentCode::parse(json["code"].as_str().unwrap()).unwrap();
@@ -362,7 +364,17 @@ fn a_code_is_made_here_and_names_the_root_of_the_officers_profile() {
     let withdrawn = server.kms(&["handheld", "withdraw-invitation", "h-18", "--reason", "wrong person"]);
     assert!(text(&withdrawn.stdout).contains("withdrawn"));
     let listed = text(&server.kms(&["handheld", "list"]).stdout);
-    for words in ["h-17", "Tom Field", "software", "used", "h-18", "not enrolled", "Una Field", "2 wrong codes"] {
+    for words in [
+        "h-17",
+        "Tom Field",
+        "software",
+        "used",
+        "h-18",
+        "not enrolled",
+        "Una Field",
+        "2 wrong codes",
+        "does not verify",
+    ] {
         assert!(listed.contains(words), "{words}: {listed}");
     }
 }
@@ -778,12 +790,14 @@ impl handheld_service_server::HandheldService for Mock {
                 handheld: principal.principal.clone(),
                 principal: Some(principal),
                 invitation: Some(invitation("used", 0)),
+                ..Default::default()
             },
             Handheld {
                 handheld: "urn:meterkms:dev:handheld:h-18".into(),
-                principal: None,
                 invitation: Some(invitation("pending", 2)),
+                ..Default::default()
             },
+            Handheld { handheld: "urn:meterkms:dev:handheld:h-19".into(), unreadable: true, ..Default::default() },
         ];
         Ok(Response::new(ListHandheldsResponse { handhelds }))
     }

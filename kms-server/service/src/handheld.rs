@@ -24,7 +24,7 @@ use kms_store::{Reads, RowKind};
 use crate::Request;
 use crate::certificate::CertificateAuthority;
 use crate::island::IslandContext;
-use crate::principal::everyone::{Everyone, MOST_AT_ONCE, parse_name, refuse_shared_titles, unverified};
+use crate::principal::everyone::{Everyone, MOST_AT_ONCE, parse_name, refuse_shared_titles};
 use crate::principal::{enabled, to_proto};
 use kms_authz::{Action, Caller, Resource};
 use kms_base::bounds::Bound;
@@ -120,10 +120,11 @@ impl HandheldService {
         Ok(self.island.door.act(caller, request, Withdraw { handheld, reason }).await?.value)
     }
 
-    /// All handhelds and their last invitations, in the order of their names.
+    /// All handhelds and their last invitations, in the order of their names. A handheld with a row
+    /// that does not verify (I5) is named as such, without what that row says.
     ///
     /// # Errors
-    /// Not permitted, a row that does not verify, or a failure of the database.
+    /// Not permitted, or a failure of the database.
     #[boxed]
     pub async fn list(&self, caller: &Caller) -> Result<Vec<v1::Handheld>, ServiceError> {
         self.island.require(caller, &Action::ListHandhelds).await?;
@@ -136,19 +137,20 @@ impl HandheldService {
                 let Some((last, _)) = page.last() else { break };
                 after = Some(last.clone());
                 for (name, row) in &page {
-                    let id = parse_name(name)?;
-                    if id.role() != Role::Handheld {
-                        continue;
-                    }
+                    // The scrubber reports a row that has no name.
+                    let Some(id) = parse_name(name).ok().filter(|id| id.role() == Role::Handheld) else { continue };
                     let shown = handhelds
                         .entry(id.clone())
                         .or_insert_with(|| v1::Handheld { handheld: id.to_string(), ..v1::Handheld::default() });
-                    if kind == RowKind::Principal {
-                        let principal = self.island.committer.open_principal(&id, row).map_err(|_| unverified(&id))?;
-                        shown.principal = Some(to_proto(&principal));
+                    let committer = &self.island.committer;
+                    let readable = if kind == RowKind::Principal {
+                        shown.principal = committer.open_principal(&id, row).ok().map(|principal| to_proto(&principal));
+                        shown.principal.is_some()
                     } else {
-                        shown.invitation = Some(message(&*self.island.committer.open_invitation(&id, row)?, now));
-                    }
+                        shown.invitation = committer.open_invitation(&id, row).ok().map(|row| message(&row, now));
+                        shown.invitation.is_some()
+                    };
+                    shown.unreadable |= !readable;
                 }
             }
         }
