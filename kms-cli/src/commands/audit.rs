@@ -255,7 +255,7 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
             let reason = if event.reason.is_empty() { String::new() } else { format!(": {}", event.reason) };
             ("work order ended", format!("{} {}{reason}", event.work_order_id, event.change))
         }
-        Event::PlacesForgotten(event) => (
+        Event::PlacesRemoved(event) => (
             "places removed",
             format!(
                 "of {} that ended {} ago",

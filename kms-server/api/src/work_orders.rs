@@ -14,7 +14,7 @@ use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::island::IslandContext;
-use kms_service::work_order::{NewWorkOrder, Query, WorkOrderChange, WorkOrderService};
+use kms_service::work_order::{NewWorkOrder, WorkOrderChange, WorkOrderQuery, WorkOrderService};
 
 /// The service over gRPC.
 pub(crate) struct WorkOrderApi {
@@ -163,13 +163,13 @@ fn moment(milliseconds: i64, field: &str, name: &str) -> Result<UnixMillis, Serv
     Ok(UnixMillis(milliseconds))
 }
 
-fn parse_query(message: &v1::ListWorkOrdersRequest) -> Result<Query, ServiceError> {
+fn parse_query(message: &v1::ListWorkOrdersRequest) -> Result<WorkOrderQuery, ServiceError> {
     let some = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
     let time = |milliseconds: i64| Some(UnixMillis(milliseconds)).filter(|time| time.0 != 0);
     let technician = some(&message.technician).map(|name| PersonName::parse(&name)).transpose();
     let maker = some(&message.maker).map(|uri| PrincipalId::parse(&uri)).transpose();
     let state = some(&message.state).map(|name| WorkOrderState::parse(&name)).transpose();
-    Ok(Query {
+    Ok(WorkOrderQuery {
         technician: technician.map_err(ServiceError::parse("technician"))?,
         maker: maker.map_err(ServiceError::parse("maker"))?,
         state: state.map_err(ServiceError::parse("state"))?,
@@ -263,7 +263,11 @@ mod tests {
             assert!(parse_page_token(token).is_err(), "{token:?}");
         }
         let some = v1::ListWorkOrdersRequest { state: "open".to_owned(), ends_after_ms: 5, ..Default::default() };
-        let query = Query { state: Some(WorkOrderState::Open), ends_after: Some(UnixMillis(5)), ..Query::default() };
+        let query = WorkOrderQuery {
+            state: Some(WorkOrderState::Open),
+            ends_after: Some(UnixMillis(5)),
+            ..WorkOrderQuery::default()
+        };
         assert_eq!(parse_query(&some).unwrap(), query);
         for wrong in [
             v1::ListWorkOrdersRequest { state: "done".to_owned(), ..Default::default() },

@@ -105,6 +105,6 @@ pub use transfer::state::{
 pub use transfer::{Finding, MOST_UNFIT, Next, Observation, Outcome, Step};
 pub use turns::{Turns, Waiting};
 pub use work_order::{
-    NotOrdered, Place, WorkOrder, WorkOrderContent, WorkOrderEnd, WorkOrderError, WorkOrderState, WorkOrderTask,
-    WorkOrderTasks,
+    NotOrdered, Place, PlaceSalt, WorkOrder, WorkOrderContent, WorkOrderEnd, WorkOrderError, WorkOrderState,
+    WorkOrderTask, WorkOrderTasks,
 };

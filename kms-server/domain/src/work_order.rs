@@ -17,6 +17,9 @@ pub struct WorkOrder {
     pub maker: PrincipalId,
     /// What is ordered.
     pub content: WorkOrderContent,
+    /// As long as there is a place. It is no part of the content: what is ordered is the same with
+    /// another one.
+    pub(crate) salt: Option<PlaceSalt>,
     /// When it was made.
     pub created: UnixMillis,
     /// How it ended; `None`: it was neither completed nor cancelled.
@@ -89,23 +92,37 @@ impl WorkOrderContent {
             return Err(ParseError::new("tasks", "there is no task"));
         }
         if self.until <= self.from {
-            return Err(ParseError::new("until", "it is not after `from`"));
+            return Err(ParseError::new("until", "the end is not after the begin"));
         }
         if self.until.0.saturating_sub(self.from.0) > WorkOrder::LONGEST_MS {
             let days = WorkOrder::LONGEST_MS / DAY_MS;
-            return Err(ParseError::new("until", format!("it is more than {days} days after `from`")));
+            return Err(ParseError::new("until", format!("the end is more than {days} days after the begin")));
         }
         Ok(())
     }
 
+    /// Whether both order the same. Case and the number of spaces of the technician's name do not
+    /// matter.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let Self { technician, meters, tasks, from, until, place } = self;
+        technician.is_same(&other.technician)
+            && *meters == other.meters
+            && *tasks == other.tasks
+            && (*from, *until) == (other.from, other.until)
+            && *place == other.place
+    }
+
     /// Checks the times of content that is new at `now`.
-    fn check_new(&self, now: UnixMillis) -> Result<(), ParseError> {
+    ///
+    /// # Errors
+    /// The end has passed, or the begin is too far ahead.
+    pub fn check_new(&self, now: UnixMillis) -> Result<(), ParseError> {
         if self.until <= now {
-            return Err(ParseError::new("until", "it has passed"));
+            return Err(ParseError::new("until", "the end has passed"));
         }
         if self.from.0.saturating_sub(now.0) > WorkOrder::FARTHEST_MS {
             let days = WorkOrder::FARTHEST_MS / DAY_MS;
-            return Err(ParseError::new("from", format!("it is more than {days} days from now")));
+            return Err(ParseError::new("from", format!("the begin is more than {days} days from now")));
         }
         Ok(())
     }
@@ -175,10 +192,13 @@ impl WorkOrder {
     /// The longest time of an order, in milliseconds: 31 days. Rights that follow from an order do
     /// not last for ever.
     pub const LONGEST_MS: i64 = 31 * DAY_MS;
+    /// For how long an order counts for its maker after the end of its time, in milliseconds: 7
+    /// days. An order of some seconds, or one that is cancelled at once, is never deleted either.
+    pub const COUNTED_MS: i64 = 7 * DAY_MS;
     /// How far ahead an order may begin, in milliseconds: a year.
-    pub const FARTHEST_MS: i64 = 366 * DAY_MS;
+    const FARTHEST_MS: i64 = 366 * DAY_MS;
 
-    /// A new order.
+    /// A new order. `salt` is new random octets for its place.
     ///
     /// # Errors
     /// Its time is over, or too far ahead.
@@ -186,16 +206,21 @@ impl WorkOrder {
         id: WorkOrderId,
         maker: PrincipalId,
         content: WorkOrderContent,
+        salt: PlaceSalt,
         now: UnixMillis,
     ) -> Result<Self, ParseError> {
         content.check_new(now)?;
-        Ok(Self { id, revision: 1, maker, content, created: now, end: None })
+        let salt = Some(salt).filter(|_| !content.place.is_empty());
+        Ok(Self { id, revision: 1, maker, content, salt, created: now, end: None })
     }
 
     /// Checks what is always true of an order.
     pub(crate) fn check(&self) -> Result<(), ParseError> {
         if self.revision == 0 {
             return Err(ParseError::new("revision", "revisions start at 1"));
+        }
+        if self.salt.is_none() != self.content.place.is_empty() {
+            return Err(ParseError::new("salt", "an order has one if it has a place, and only then"));
         }
         self.content.check()
     }
@@ -216,9 +241,9 @@ impl WorkOrder {
         self.content.technician.is_same(technician)
     }
 
-    /// Whether the technician may do this task at this meter at this moment. It is the only answer
-    /// to that question: whatever a technician gets for an order is decided here, on the verified
-    /// row, and by policy.
+    /// Whether the technician may do this task at this meter at this moment, by the verified row;
+    /// policy decides beside it. Bundles for technicians will ask this. Nothing does yet: an order
+    /// gives nobody a key or a frame.
     ///
     /// # Errors
     /// The first reason why not.
@@ -245,13 +270,19 @@ impl WorkOrder {
         Ok(())
     }
 
-    /// Replaces the content. `seen` is the revision that the change was made for. False: the
-    /// content is the same, and nothing changed.
+    /// Replaces the content. `seen` is the revision that the change was made for, and `salt` is new
+    /// random octets, for another place. False: the content is the same, and nothing changed.
     ///
     /// # Errors
     /// The order has ended, has another revision than `seen`, or the new time is over or too far
     /// ahead.
-    pub fn change(&mut self, seen: u32, content: WorkOrderContent, now: UnixMillis) -> Result<bool, WorkOrderError> {
+    pub fn change(
+        &mut self,
+        seen: u32,
+        content: WorkOrderContent,
+        salt: PlaceSalt,
+        now: UnixMillis,
+    ) -> Result<bool, WorkOrderError> {
         self.refuse_after_end(now)?;
         if seen != self.revision {
             return Err(WorkOrderError::OtherRevision { seen, is: self.revision });
@@ -260,6 +291,9 @@ impl WorkOrder {
             return Ok(false);
         }
         content.check_new(now)?;
+        if content.place != self.content.place {
+            self.salt = Some(salt).filter(|_| !content.place.is_empty());
+        }
         self.content = content;
         self.revision = self.revision.saturating_add(1);
         Ok(true)
@@ -279,7 +313,7 @@ impl WorkOrder {
 
     /// Since when nothing can be done with the order as it is: since its end, or since its time was
     /// over. `None`: something can.
-    pub fn over_since(&self, now: UnixMillis) -> Option<UnixMillis> {
+    fn over_since(&self, now: UnixMillis) -> Option<UnixMillis> {
         match &self.end {
             Some(end) => Some(end.time),
             None => Some(self.content.until).filter(|until| *until <= now),
@@ -288,11 +322,12 @@ impl WorkOrder {
 
     /// Removes the place of an order that has been over for `after_ms`. False: there is nothing to
     /// remove. The revision stays: what is ordered does not change.
-    pub fn forget_place(&mut self, after_ms: i64, now: UnixMillis) -> bool {
+    pub fn remove_place(&mut self, after_ms: i64, now: UnixMillis) -> bool {
         let due = self.over_since(now).is_some_and(|since| since.after(after_ms) <= now);
-        let has_place = !self.content.place.as_str().is_empty();
+        let has_place = !self.content.place.is_empty();
         if due && has_place {
             self.content.place = Place::default();
+            self.salt = None;
         }
         due && has_place
     }
@@ -471,7 +506,7 @@ pub struct Place(String);
 
 impl Place {
     /// The longest place, in octets.
-    pub const LONGEST: usize = 256;
+    const LONGEST: usize = 256;
 
     /// The place of this text.
     ///
@@ -491,11 +526,48 @@ impl Place {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
 }
 
 impl fmt::Debug for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Place({} octets)", self.0.len())
+    }
+}
+
+/// 16 random octets in the row of an order that has a place, made anew with each place. The digest
+/// of a row in audit records has no key, and a reader of the log knows the rest of the row: without
+/// these octets that reader could try addresses until the digest fits.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PlaceSalt([u8; 16]);
+
+impl PlaceSalt {
+    /// These octets, from a random generator.
+    pub const fn new(random: [u8; 16]) -> Self {
+        Self(random)
+    }
+
+    /// The salt of a row; empty is none.
+    pub(crate) fn from_octets(octets: &[u8]) -> Result<Option<Self>, ParseError> {
+        if octets.is_empty() {
+            return Ok(None);
+        }
+        let octets = octets.try_into().map_err(|_| ParseError::new("salt", "it is not 16 octets"))?;
+        Ok(Some(Self(octets)))
+    }
+
+    pub(crate) const fn octets(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for PlaceSalt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PlaceSalt(16 octets)")
     }
 }
 

@@ -36,9 +36,13 @@ fn content(meters: &[u64], tasks: &[WorkOrderTask], from: i64, until: i64) -> Re
     )
 }
 
+fn salt(octet: u8) -> PlaceSalt {
+    PlaceSalt::new([octet; 16])
+}
+
 fn order(from: i64, until: i64) -> WorkOrder {
     let content = content(&[3, 1, 2], &[WorkOrderTask::Read, WorkOrderTask::Firmware], from, until).unwrap();
-    WorkOrder::new(id(), account("wfm"), content, NOW).unwrap()
+    WorkOrder::new(id(), account("wfm"), content, salt(1), NOW).unwrap()
 }
 
 #[test]
@@ -63,35 +67,72 @@ fn what_is_ordered_and_nothing_else_is_permitted() {
 fn a_change_names_the_revision_that_it_saw() {
     let mut order = order(0, HOUR);
     let later = content(&[1], &[WorkOrderTask::Read], 0, 2 * HOUR).unwrap();
-    assert_eq!(order.change(1, later.clone(), NOW), Ok(true));
-    assert_eq!(order.change(1, later.clone(), NOW), Err(WorkOrderError::OtherRevision { seen: 1, is: 2 }));
-    assert_eq!(order.change(2, later.clone(), NOW), Ok(false), "the same content is no change");
+    assert_eq!(order.change(1, later.clone(), salt(2), NOW), Ok(true));
+    assert_eq!(order.change(1, later.clone(), salt(2), NOW), Err(WorkOrderError::OtherRevision { seen: 1, is: 2 }));
+    assert_eq!(order.change(2, later.clone(), salt(2), NOW), Ok(false), "the same content is no change");
     assert_eq!(order.revision, 2);
     // Its time is over: it can be ordered again.
     let evening = NOW.after(3 * HOUR);
     assert_eq!(order.state(evening), WorkOrderState::Expired);
     let past = content(&[1], &[WorkOrderTask::Configure], 0, 2 * HOUR).unwrap();
-    assert!(matches!(order.change(2, past, evening), Err(WorkOrderError::Content(_))));
+    assert!(matches!(order.change(2, past, salt(2), evening), Err(WorkOrderError::Content(_))));
     let tomorrow = content(&[1], &[WorkOrderTask::Read], DAY, DAY + HOUR).unwrap();
-    assert_eq!(order.change(2, tomorrow, evening), Ok(true));
+    assert_eq!(order.change(2, tomorrow, salt(2), evening), Ok(true));
     assert_eq!(order.state(evening), WorkOrderState::Planned);
     order.end(false, account("wfm"), evening).unwrap();
     assert_eq!((order.state(evening), order.revision), (WorkOrderState::Cancelled, 4));
     let refused = Err(WorkOrderError::Ended(WorkOrderState::Cancelled));
-    assert_eq!(order.change(4, later, evening).map(drop), refused);
+    assert_eq!(order.change(4, later, salt(2), evening).map(drop), refused);
     assert_eq!(order.end(true, account("wfm"), evening), refused);
 }
 
 #[test]
-fn a_place_is_forgotten_some_time_after_the_end() {
+fn a_place_is_removed_some_time_after_the_end() {
     let mut expired = order(0, HOUR);
-    assert!(!expired.forget_place(DAY, NOW.after(DAY)) && !expired.content.place.as_str().is_empty());
-    assert!(expired.forget_place(DAY, NOW.after(HOUR + DAY)) && expired.content.place.as_str().is_empty());
-    assert!(!expired.forget_place(DAY, NOW.after(HOUR + DAY)), "once");
+    assert!(!expired.remove_place(DAY, NOW.after(DAY)) && !expired.content.place.as_str().is_empty());
+    assert!(expired.remove_place(DAY, NOW.after(HOUR + DAY)) && expired.content.place.as_str().is_empty());
+    assert!(!expired.remove_place(DAY, NOW.after(HOUR + DAY)), "once");
     let mut completed = order(0, 20 * DAY);
     completed.end(true, account("wfm"), NOW).unwrap();
-    assert!(completed.forget_place(DAY, NOW.after(DAY)));
+    assert!(completed.remove_place(DAY, NOW.after(DAY)));
     assert_eq!(format!("{:?}", Place::parse("Hafenstraße 7").unwrap()), "Place(14 octets)");
+}
+
+/// The digest of a row in audit records has no key. All of the row but place and salt is in the
+/// record.
+#[test]
+fn the_digest_of_a_row_tells_no_place() {
+    let digest =
+        |order: &WorkOrder| row_digest(1, &RowId::WorkOrder(order.id.clone()), Generation::FIRST, &order.to_row());
+    let made = |octet| {
+        let content = content(&[1], &[WorkOrderTask::Read], 0, HOUR).unwrap();
+        WorkOrder::new(id(), account("wfm"), content, salt(octet), NOW).unwrap()
+    };
+    let (mut order, other) = (made(1), made(2));
+    assert_ne!(digest(&order), digest(&other), "the right place does not fit without the salt");
+    // It is no part of what is ordered.
+    assert!(order.content == other.content && !order.change(1, other.content, salt(3), NOW).unwrap());
+    assert!(!format!("{order:?}").contains("1, 1, 1"));
+
+    // Another place has another salt, the same place the same, and no place none.
+    let placed = |meters: &[u64], place: &str| {
+        let mut content = content(meters, &[WorkOrderTask::Read], 0, HOUR).unwrap();
+        content.place = Place::parse(place).unwrap();
+        content
+    };
+    let has_salt = |order: &WorkOrder, octet: u8| order.to_row().windows(16).any(|octets| octets == [octet; 16]);
+    assert!(order.change(1, placed(&[1, 2], "Hafenstraße 7, cellar"), salt(4), NOW).unwrap() && has_salt(&order, 1));
+    assert!(order.change(2, placed(&[1, 2], "Hafenstraße 8"), salt(5), NOW).unwrap());
+    assert!(has_salt(&order, 5) && !has_salt(&order, 1));
+    assert!(order.change(3, placed(&[1, 2], ""), salt(6), NOW).unwrap());
+    assert!(!has_salt(&order, 5) && !has_salt(&order, 6));
+    assert!(order.change(4, placed(&[1, 2], "Hafenstraße 9"), salt(7), NOW).unwrap() && has_salt(&order, 7));
+    assert!(order.remove_place(DAY, NOW.after(HOUR + DAY)) && !has_salt(&order, 7));
+    assert_eq!(WorkOrder::from_row(id(), Bytes::from(order.to_row())).unwrap(), order);
+
+    // A row with a place and without a salt is refused: its octets end with field 11.
+    let row = made(1).to_row();
+    assert!(WorkOrder::from_row(id(), Bytes::from(row[..row.len() - 18].to_vec())).is_err());
 }
 
 #[test]
@@ -111,7 +152,7 @@ fn bounds_of_an_order() {
     }
     for (from, until, field) in [(-2 * HOUR, -HOUR, "until"), (366 * DAY + 1, 367 * DAY, "from")] {
         let content = content(&[1], &[Read], from, until).unwrap();
-        assert_eq!(WorkOrder::new(id(), account("wfm"), content, NOW).unwrap_err().what(), field);
+        assert_eq!(WorkOrder::new(id(), account("wfm"), content, salt(1), NOW).unwrap_err().what(), field);
     }
     for refused in ["", " x", "x ", "a\nb", &"x".repeat(65)] {
         assert!(WorkOrderId::parse(refused).is_err(), "{refused:?}");
@@ -148,7 +189,7 @@ enum Step {
     Wait(i64),
     Change { lag: u32, meters: Vec<u64>, tasks: Vec<WorkOrderTask>, from: i64, hours: i64 },
     End(bool),
-    Forget,
+    RemovePlace,
 }
 
 fn tasks() -> impl Strategy<Value = Vec<WorkOrderTask>> {
@@ -162,7 +203,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (0..2_u32, meters, tasks(), -5..48_i64, 1..24 * 31_i64)
             .prop_map(|(lag, meters, tasks, from, hours)| Step::Change { lag, meters, tasks, from: from * HOUR, hours }),
         1 => any::<bool>().prop_map(Step::End),
-        1 => Just(Step::Forget),
+        1 => Just(Step::RemovePlace),
     ]
 }
 
@@ -187,7 +228,7 @@ proptest! {
                     let place = Place::parse("there").unwrap();
                     let content = WorkOrderContent::new(person("Bo"), titles, tasks, window, place).unwrap();
                     let seen = order.revision.saturating_sub(lag);
-                    match order.change(seen, content.clone(), now) {
+                    match order.change(seen, content.clone(), salt(2), now) {
                         Ok(true) => {
                             prop_assert!(lag == 0 && before.end.is_none() && window.1 > now);
                             prop_assert_eq!((&order.content, order.revision), (&content, before.revision + 1));
@@ -204,10 +245,11 @@ proptest! {
                     prop_assert_eq!(ended.is_ok(), before.end.is_none());
                     prop_assert_eq!(order.revision, before.revision + u32::from(ended.is_ok()));
                 }
-                Step::Forget => {
-                    let forgotten = order.forget_place(DAY, now);
-                    let over = order.over_since(now).is_some_and(|since| since.after(DAY) <= now);
-                    prop_assert_eq!(forgotten, over && !before.content.place.as_str().is_empty());
+                Step::RemovePlace => {
+                    let removed = order.remove_place(DAY, now);
+                    let since = order.end.as_ref().map_or(order.content.until, |end| end.time);
+                    let over = since.after(DAY) <= now;
+                    prop_assert_eq!(removed, over && !before.content.place.as_str().is_empty());
                     prop_assert_eq!(order.revision, before.revision);
                 }
             }
@@ -248,7 +290,7 @@ fn the_largest_row_has_at_most_41_kilobytes() {
     let meters: Vec<u64> = (1..=5_000).collect();
     let mut content = content(&meters, &WorkOrderTask::ALL, 0, 31 * DAY).unwrap();
     content.place = Place::parse(&"x".repeat(256)).unwrap();
-    let order = WorkOrder::new(id(), account(&"w".repeat(64)), content, NOW).unwrap();
+    let order = WorkOrder::new(id(), account(&"w".repeat(64)), content, salt(1), NOW).unwrap();
     let octets = order.to_row().len();
     assert!(octets < 41_000, "{octets}");
 }

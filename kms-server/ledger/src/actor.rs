@@ -60,7 +60,7 @@ impl ServerAct {
     /// All tasks of a wave of a campaign have ended.
     pub const END_WAVE: Self = Self("endWave");
     /// The places of work orders that have been over for long are removed.
-    pub const FORGET_PLACES: Self = Self("forget-places");
+    pub const REMOVE_PLACES: Self = Self("remove-places");
     /// Members of a group have received a new version of its key.
     pub const FOLLOW_ROTATION: Self = Self("followRotation");
     /// The index of exposures was not what the sealed rows say.

@@ -73,7 +73,7 @@ pub const fn event_kind(event: &Event) -> u16 {
         Event::WorkOrderCreated(_) => 75,
         Event::WorkOrderChanged(_) => 76,
         Event::WorkOrderEnded(_) => 77,
-        Event::PlacesForgotten(_) => 78,
+        Event::PlacesRemoved(_) => 78,
         Event::ClockJumped(_) => CLOCK_JUMPED,
         Event::HandheldInvited(_) => 70,
         Event::InvitationWithdrawn(_) => 71,

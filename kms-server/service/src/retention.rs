@@ -1,7 +1,7 @@
 //! The daily retention pass destroys key versions that nobody needs any more. Old versions of a
 //! slot are destroyed when a later one was proven and the retention time has passed since
 //! (I3). All versions of a retired meter are destroyed when it has passed since the retirement.
-//! The places of work orders are removed in the same run.
+//! The places of work orders are removed after it.
 //!
 //! A destroyed version has no wrapped key in its row, and a diversified one is never derived again.
 //! Backups of the database and free pages of its files may still hold the wrapped key; see
@@ -24,7 +24,7 @@ use prost::Message as _;
 use crate::equal_keys::{expose_groups_under_equal_keks, share_exposures};
 use crate::exposure::index::complete_index;
 use crate::island::IslandContext;
-use crate::work_order::places::forget_places;
+use crate::work_order::places::remove_places;
 use kms_base::error::ServiceError;
 use kms_ledger::{CLOCK_JUMPED, Decision, ServerAct, View};
 
@@ -47,8 +47,6 @@ pub struct RetentionReport {
     pub released: u64,
     /// Key versions that were destroyed.
     pub destroyed: u64,
-    /// Places of work orders that were removed.
-    pub places_forgotten: u64,
     /// Nothing was done, because a clock was set ahead within the last week.
     pub clock_in_doubt: bool,
 }
@@ -92,12 +90,20 @@ impl RetentionPass {
                             rows_changed = report.rows_changed,
                             released = report.released,
                             destroyed = report.destroyed,
-                            places_forgotten = report.places_forgotten,
                             "key versions whose retention time has passed were destroyed"
                         );
                     }
                     Err(error) => {
                         tracing::error!(%error, "old key versions could not all be destroyed; the next run is in a day")
+                    }
+                }
+                match self.remove_places(self.time().await).await {
+                    Ok(0) => {}
+                    Ok(places) => {
+                        tracing::info!(places, "places of work orders that have been over for long were removed")
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "places of work orders could not all be removed; the next run is in a day")
                     }
                 }
                 self.complete_index().await;
@@ -143,6 +149,19 @@ impl RetentionPass {
         let ahead =
             recent.map(|jump| jump.observed_ms.saturating_sub(jump.expected_ms).max(0)).fold(0, i64::saturating_add);
         Ok(ahead > DAY_MS)
+    }
+
+    /// Removes the places of work orders that are due at `now`, and returns how many. None while a
+    /// clock is in doubt: an order that technicians still need might lose its place, which nobody
+    /// but its maker knows. A place that stays a week longer harms less.
+    ///
+    /// # Errors
+    /// The database cannot be reached, or the server is busy. What was done before is committed and
+    /// recorded.
+    #[boxed]
+    pub async fn remove_places(&self, now: UnixMillis) -> Result<u64, ServiceError> {
+        let in_doubt = self.is_clock_in_doubt(now).await?;
+        remove_places(&self.island, Some(now).filter(|_| !in_doubt)).await
     }
 
     /// Reads all meters and groups once, and destroys what is due at `now`. Every page with changes
@@ -205,7 +224,6 @@ impl RetentionPass {
                 self.expire_groups(due, now, &mut report).await?;
             }
         }
-        report.places_forgotten = forget_places(&self.island, now).await?;
         Ok(report)
     }
 

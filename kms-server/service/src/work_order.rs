@@ -17,14 +17,15 @@ mod tests;
 
 use std::sync::Arc;
 
-use kms_domain::{WorkOrderContent, WorkOrderId};
+use kms_domain::{PlaceSalt, WorkOrderContent, WorkOrderId};
 
 pub use self::{
     change::WorkOrderChange,
-    show::{Page, Query},
+    show::{WorkOrderPage, WorkOrderQuery},
 };
 pub use super::Request;
 use crate::island::IslandContext;
+use kms_base::error::ServiceError;
 
 /// The work orders of an island.
 #[derive(Clone)]
@@ -51,4 +52,12 @@ impl WorkOrderService {
     pub const fn new(island: Arc<IslandContext>) -> Self {
         Self { island }
     }
+}
+
+/// New random octets for the place of an order.
+fn new_salt() -> Result<PlaceSalt, ServiceError> {
+    let mut random = [0; 16];
+    aws_lc_rs::rand::fill(&mut random)
+        .map_err(|_| ServiceError::Internal("there are no random octets for the place of a work order".to_owned()))?;
+    Ok(PlaceSalt::new(random))
 }

@@ -5,7 +5,8 @@ use prost::Message;
 
 use super::{RowError, moment};
 use crate::{
-    PersonName, Place, PrincipalId, SystemTitle, WorkOrder, WorkOrderContent, WorkOrderEnd, WorkOrderId, WorkOrderTasks,
+    PersonName, Place, PlaceSalt, PrincipalId, SystemTitle, WorkOrder, WorkOrderContent, WorkOrderEnd, WorkOrderId,
+    WorkOrderTasks,
 };
 
 #[derive(Clone, PartialEq, Message)]
@@ -33,6 +34,9 @@ struct WorkOrderRow {
     created: i64,
     #[prost(message, optional, tag = "10")]
     end: Option<EndRow>,
+    /// [`PlaceSalt`]; empty: there is no place.
+    #[prost(bytes = "bytes", tag = "11")]
+    salt: Bytes,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -75,6 +79,7 @@ impl WorkOrder {
                 until: moment(row.until)?,
                 place: Place::parse(&row.place)?,
             },
+            salt: PlaceSalt::from_octets(&row.salt)?,
             created: moment(row.created)?,
             end: row.end.map(end).transpose()?,
         };
@@ -101,6 +106,7 @@ impl WorkOrder {
             place: content.place.as_str().to_owned(),
             created: self.created.0,
             end: self.end.as_ref().map(end),
+            salt: self.salt.as_ref().map_or_else(Bytes::new, |salt| Bytes::copy_from_slice(salt.octets())),
         }
         .encode_to_vec()
     }

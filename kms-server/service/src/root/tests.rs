@@ -432,7 +432,7 @@ island_tests! {
         let sealed = island.island.store.sealed(RowKind::WorkOrder, b"WO-1").await.unwrap().unwrap();
         assert_eq!((RowSeal::from_octets(&sealed.seal).unwrap().key_version(), sealed.generation), (2, 2));
         let orders = WorkOrderService::new(island.island.clone());
-        let page = orders.list(&island.officer, crate::work_order::Query::default(), None, 9).await.unwrap();
+        let page = orders.list(&island.officer, crate::work_order::WorkOrderQuery::default(), None, 9).await.unwrap();
         assert_eq!(page.orders.iter().map(|order| order.revision).collect::<Vec<_>>(), [1], "what is ordered is the same");
         // A server that has not looked yet refuses what it cannot check, and goes on as soon as it
         // has looked.

@@ -3,7 +3,7 @@
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
-use kms_domain::{Principal, WorkOrder, WorkOrderContent, WorkOrderError, WorkOrderId, WorkOrderState};
+use kms_domain::{PlaceSalt, WorkOrder, WorkOrderContent, WorkOrderError, WorkOrderId, WorkOrderState};
 use kms_proto::v1::{self, WorkOrderChanged, WorkOrderEnded, WorkOrderProblemCode as Code, audit_record::Event};
 use kms_store::Reads;
 
@@ -11,7 +11,8 @@ use super::{
     Request, WorkOrderService,
     judge::{bound_orders, refused_meters},
     message::{Shown, message, recorded},
-    show::{is_assigned, missing},
+    new_salt,
+    show::{missing, standing},
 };
 use kms_authz::{Action, Caller, Resource};
 use kms_base::{bounds::Limits, error::ServiceError};
@@ -60,7 +61,7 @@ impl WorkOrderService {
         id: WorkOrderId,
         change: WorkOrderChange,
     ) -> Result<v1::WorkOrder, ServiceError> {
-        let act = ChangeOrder { id, change, limits: Arc::clone(&self.island.limits) };
+        let act = ChangeOrder { id, change, salt: new_salt()?, limits: Arc::clone(&self.island.limits) };
         Ok(self.island.door.act(caller, request, act).await?.value)
     }
 }
@@ -69,6 +70,8 @@ impl WorkOrderService {
 struct ChangeOrder {
     id: WorkOrderId,
     change: WorkOrderChange,
+    /// For another place.
+    salt: PlaceSalt,
     limits: Arc<Limits>,
 }
 
@@ -101,7 +104,7 @@ impl Act for ChangeOrder {
         let now = view.now();
         let entry = match &self.change {
             WorkOrderChange::Content { revision, content } => {
-                if !changed.change(*revision, content.clone(), now).map_err(refused)? {
+                if !changed.change(*revision, content.clone(), self.salt.clone(), now).map_err(refused)? {
                     return Ok(Decision::unchanged(shown(view, permit, &order)));
                 }
                 self.judge(view, permit, &order, content)?;
@@ -172,11 +175,6 @@ fn shown(view: &View<'_, '_>, permit: &Permit, order: &WorkOrder) -> v1::WorkOrd
     let (own, assigned) = standing(permit.principal(), order);
     let place = permit.permits(&Action::ShowWorkOrder { own, assigned, place: true }, &Resource::Island);
     message(order, if place { Shown::All } else { Shown::WithoutPlace }, view.now())
-}
-
-/// Whether the principal made the order, and whether it is its technician's handheld.
-fn standing(principal: &Principal, order: &WorkOrder) -> (bool, bool) {
-    (order.maker == principal.id, is_assigned(principal, order))
 }
 
 /// Why an order does not change, and the next step.

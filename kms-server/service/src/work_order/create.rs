@@ -3,7 +3,7 @@
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
-use kms_domain::{PrincipalId, WorkOrder};
+use kms_domain::{PlaceSalt, PrincipalId, WorkOrder};
 use kms_proto::v1::{
     self, WorkOrderCreated, WorkOrderOutcome as Outcome, WorkOrderProblemCode as Code, audit_record::Event,
 };
@@ -13,6 +13,7 @@ use super::{
     NewWorkOrder, Request, WorkOrderService,
     judge::{bound_orders, problem, refused_meters},
     message::recorded,
+    new_salt,
 };
 use kms_authz::Caller;
 use kms_base::{bounds::Limits, error::ServiceError};
@@ -34,6 +35,8 @@ impl WorkOrderService {
         let mut response = v1::CreateWorkOrdersResponse::default();
         for (index, orders) in (0..).zip(chunks(orders)) {
             let (limits, maker) = (Arc::clone(&self.island.limits), caller.principal.clone());
+            let salted = orders.into_iter().map(|order| Ok((order, new_salt()?)));
+            let orders = salted.collect::<Result<_, ServiceError>>()?;
             let act = CreateOrders { orders, limits, maker };
             let chunk = self.island.door.act(caller, request.chunk(index), act).await?.value;
             response.results.extend(chunk.results);
@@ -64,7 +67,8 @@ fn chunks(orders: Vec<NewWorkOrder>) -> Vec<Vec<NewWorkOrder>> {
 
 /// Some orders of a request, as one act.
 struct CreateOrders {
-    orders: Vec<NewWorkOrder>,
+    /// Each with random octets for its place.
+    orders: Vec<(NewWorkOrder, PlaceSalt)>,
     limits: Arc<Limits>,
     maker: PrincipalId,
 }
@@ -79,8 +83,8 @@ impl Act for CreateOrders {
 
     fn reads(&self) -> Reads {
         Reads {
-            meters: self.orders.iter().flat_map(|order| order.content.meters()).copied().collect(),
-            sealed: self.orders.iter().map(|order| work_order_row(&order.id)).collect(),
+            meters: self.orders.iter().flat_map(|(order, _)| order.content.meters()).copied().collect(),
+            sealed: self.orders.iter().map(|(order, _)| work_order_row(&order.id)).collect(),
             work_orders_of: vec![self.maker.clone()],
             ..Reads::default()
         }
@@ -92,8 +96,8 @@ impl Act for CreateOrders {
 
     fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Self::Answer>, ServiceError> {
         let mut results = Vec::with_capacity(self.orders.len());
-        for order in &self.orders {
-            let (outcome, problems) = match create(view, permit, &self.limits, order)? {
+        for (order, salt) in &self.orders {
+            let (outcome, problems) = match create(view, permit, &self.limits, order, salt)? {
                 Ok(outcome) => (outcome, Vec::new()),
                 Err(problems) => (Outcome::Refused, problems),
             };
@@ -111,7 +115,7 @@ impl Act for CreateOrders {
         permit: &Permit,
         view: &mut View<'_, '_>,
     ) -> Result<Self::Answer, ServiceError> {
-        for (order, _) in
+        for ((order, _), _) in
             self.orders.iter().zip(&response.results).filter(|(_, result)| result.outcome() != Outcome::Refused)
         {
             let refused = refused_meters(view, permit, &order.content, order.content.meters());
@@ -129,6 +133,7 @@ fn create(
     permit: &Permit,
     limits: &Limits,
     new: &NewWorkOrder,
+    salt: &PlaceSalt,
 ) -> Result<Result<Outcome, Vec<v1::WorkOrderProblem>>, ServiceError> {
     let refused = refused_meters(view, permit, &new.content, &[]);
     if !refused.is_empty() {
@@ -145,7 +150,7 @@ fn create(
         // attempt. Its id is in use all the same.
         Ok(Some(_)) | Err(_) => return Ok(Err(of_order(Code::IdInUse, "a work order of this id exists".to_owned()))),
     }
-    let order = match WorkOrder::new(new.id.clone(), maker.clone(), new.content.clone(), view.now()) {
+    let order = match WorkOrder::new(new.id.clone(), maker.clone(), new.content.clone(), salt.clone(), view.now()) {
         Ok(order) => order,
         Err(error) => return Ok(Err(of_order(Code::Time, error.to_string()))),
     };

@@ -17,7 +17,7 @@ use kms_ledger::Asker;
 
 /// Which orders a list has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Query {
+pub struct WorkOrderQuery {
     /// Of this technician.
     pub technician: Option<PersonName>,
     /// Made by this principal.
@@ -32,14 +32,14 @@ pub struct Query {
 
 /// A page of orders.
 #[derive(Clone, Debug, Default)]
-pub struct Page {
+pub struct WorkOrderPage {
     /// The orders, in the order of their begin.
     pub orders: Vec<v1::WorkOrder>,
     /// Begin and id of the last order that was looked at, if more may follow.
     pub next: Option<(UnixMillis, WorkOrderId)>,
 }
 
-impl Query {
+impl WorkOrderQuery {
     /// The query of a caller who sees only orders of this technician; `None`: it asks for others.
     fn of_technician(self, technician: &PersonName) -> Option<Self> {
         match &self.technician {
@@ -95,15 +95,13 @@ impl WorkOrderService {
             }
             other => other?,
         };
-        let Some(order) = order else {
-            let of_any = Action::ShowWorkOrder { own: false, assigned: false, place: false };
-            return Err(missing(&asker, &of_any, id));
-        };
-        let (own, assigned) = (order.maker == asker.principal().id, is_assigned(asker.principal(), &order));
+        let of_any = Action::ShowWorkOrder { own: false, assigned: false, place: false };
+        let Some(order) = order else { return Err(missing(&asker, &of_any, id)) };
+        let (own, assigned) = standing(asker.principal(), &order);
         let shown = [(true, Shown::All), (false, Shown::WithoutPlace)].into_iter().find(|(place, _)| {
             asker.permits(&Action::ShowWorkOrder { own, assigned, place: *place }, &Resource::Island)
         });
-        let (_, shown) = shown.ok_or_else(|| ServiceError::denied(SHOW))?;
+        let (_, shown) = shown.ok_or_else(|| ServiceError::denied(of_any.name()))?;
         Ok(message(&order, shown, IslandContext::now()))
     }
 
@@ -115,10 +113,10 @@ impl WorkOrderService {
     pub async fn list(
         &self,
         caller: &Caller,
-        query: Query,
+        query: WorkOrderQuery,
         after: Option<(UnixMillis, WorkOrderId)>,
         limit: u32,
-    ) -> Result<Page, ServiceError> {
+    ) -> Result<WorkOrderPage, ServiceError> {
         let asker = self.island.asker(caller).await?;
         let permits = |own, assigned| asker.permits(&Action::ListWorkOrders { own, assigned }, &Resource::Island);
         let query = match asker.principal().technician() {
@@ -127,7 +125,7 @@ impl WorkOrderService {
             _ if permits(true, false) => query.of_maker(&caller.principal),
             _ => return Err(ServiceError::denied(Action::ListWorkOrders { own: true, assigned: false }.name())),
         };
-        let Some(query) = query else { return Ok(Page::default()) };
+        let Some(query) = query else { return Ok(WorkOrderPage::default()) };
         let now = IslandContext::now();
         let rows = self.island.store.work_order_page(&query.columns(now), after, limit).await?;
         let full = rows.len() == usize::try_from(limit).unwrap_or(usize::MAX);
@@ -138,13 +136,14 @@ impl WorkOrderService {
             .iter()
             .filter_map(|row| self.island.committer.open_work_order(&row.id, &row.row).ok())
             .filter(|order| query.matches(order, now));
-        Ok(Page { orders: orders.map(|order| message(&order, Shown::Listed, now)).collect(), next })
+        Ok(WorkOrderPage { orders: orders.map(|order| message(&order, Shown::Listed, now)).collect(), next })
     }
 }
 
-/// Whether the principal is the handheld of the order's technician.
-pub(super) fn is_assigned(principal: &Principal, order: &WorkOrder) -> bool {
-    principal.technician().is_some_and(|technician| order.is_of(technician))
+/// Whether the principal made the order, and whether it is its technician's handheld.
+pub(super) fn standing(principal: &Principal, order: &WorkOrder) -> (bool, bool) {
+    let assigned = principal.technician().is_some_and(|technician| order.is_of(technician));
+    (order.maker == principal.id, assigned)
 }
 
 /// The error for an order that does not exist. Only a caller that may see all orders learns that.
@@ -155,5 +154,3 @@ pub(super) fn missing(asker: &Asker, of_any: &Action, id: &WorkOrderId) -> Servi
         ServiceError::denied(of_any.name())
     }
 }
-
-const SHOW: &str = "showWorkOrder";

@@ -10,7 +10,7 @@ use kms_proto::v1::{
 use kms_store::{RowKind, SealedRow};
 use kms_store_testing::{Damage, damage};
 
-use super::{NewWorkOrder, Query, Request, WorkOrderChange, WorkOrderService};
+use super::{NewWorkOrder, Request, WorkOrderChange, WorkOrderQuery, WorkOrderService};
 use crate::island::IslandContext;
 use crate::meter::MeterService;
 use crate::retention::RetentionPass;
@@ -18,6 +18,7 @@ use crate::scrub::Scrubber;
 use crate::testing::{TestIsland, database, island_tests, meter, sample};
 use kms_authz::Caller;
 use kms_base::bounds::Limits;
+use kms_base::clock;
 use kms_base::error::ServiceError;
 
 const HOUR: i64 = 3_600_000;
@@ -86,7 +87,7 @@ impl TestIsland {
         self.orders().change(by, request(), id(text), change).await
     }
 
-    async fn listed(&self, by: &Caller, query: Query) -> Vec<String> {
+    async fn listed(&self, by: &Caller, query: WorkOrderQuery) -> Vec<String> {
         let page = self.orders().list(by, query, None, 99).await.unwrap();
         assert!(page.orders.iter().all(|order| {
             let content = order.content.as_ref().unwrap();
@@ -147,15 +148,15 @@ island_tests! {
 
         // Lists.
         assert_eq!(island.create(&other, "WO-2", &content("Bo Lind", &[3])).await.0, Outcome::Created);
-        let all = Query::default;
-        let named = |name: &str| Query { technician: Some(PersonName::parse(name).unwrap()), ..Query::default() };
+        let all = WorkOrderQuery::default;
+        let named = |name: &str| WorkOrderQuery { technician: Some(PersonName::parse(name).unwrap()), ..WorkOrderQuery::default() };
         assert_eq!(island.listed(&island.officer, all()).await, ["WO-1", "WO-2"]);
         assert_eq!(island.listed(&island.auditor, named("BO LIND")).await, ["WO-2"]);
         assert_eq!(island.listed(&wfm, all()).await, ["WO-1"]);
         assert_eq!(island.listed(&other, all()).await, ["WO-2"]);
         assert_eq!(island.listed(&ida, all()).await, ["WO-1"]);
         assert_eq!(island.listed(&bo, named("bo lind")).await, ["WO-2"]);
-        for (caller, query) in [(&bo, named("Ida Berg")), (&wfm, Query { maker: Some(other.principal.clone()), ..all() })] {
+        for (caller, query) in [(&bo, named("Ida Berg")), (&wfm, WorkOrderQuery { maker: Some(other.principal.clone()), ..all() })] {
             assert!(island.listed(caller, query).await.is_empty());
         }
         for caller in [&island.head_end, &island.manufacturer] {
@@ -177,8 +178,8 @@ island_tests! {
             assert!(matches!(island.change_of(&wfm, "WO-1", change).await, Err(ServiceError::FailedPrecondition { .. })));
         }
         assert_eq!(island.create(&wfm, "WO-1", &more).await, (Outcome::Refused, vec![Code::IdInUse]), "an id has one order for ever");
-        assert!(island.listed(&ida, Query { state: Some(WorkOrderState::Open), ..all() }).await.is_empty());
-        assert_eq!(island.listed(&ida, Query { state: Some(WorkOrderState::Completed), ..all() }).await, ["WO-1"]);
+        assert!(island.listed(&ida, WorkOrderQuery { state: Some(WorkOrderState::Open), ..all() }).await.is_empty());
+        assert_eq!(island.listed(&ida, WorkOrderQuery { state: Some(WorkOrderState::Completed), ..all() }).await, ["WO-1"]);
 
         // The log says all of it but the place.
         let events = island.recorded(|event| match event {
@@ -257,7 +258,7 @@ island_tests! {
         // Pages.
         let (mut after, mut listed) = (None, Vec::new());
         loop {
-            let page = island.orders().list(&wfm, Query::default(), after.take(), 100).await.unwrap();
+            let page = island.orders().list(&wfm, WorkOrderQuery::default(), after.take(), 100).await.unwrap();
             listed.extend(page.orders.into_iter().map(|order| order.work_order_id));
             after = page.next;
             if after.is_none() {
@@ -286,7 +287,7 @@ island_tests! {
                 other => panic!("{other:?}"),
             };
             assert!(matches!(told, ServiceError::Aborted { .. }), "{told:?}");
-            // Both servers see it, and the loser goes on from there.
+            // Both servers see it, and the refused server changes that revision.
             let seen = servers[0].show(&wfm, &id("WO-1")).await.unwrap();
             assert_eq!((seen.revision, &seen.content), (revision + 1, &won.content));
             let next = WorkOrderChange::Content { revision: revision + 1, content: content("Cy", &[2]) };
@@ -327,7 +328,7 @@ island_tests! {
             // The id is not free for another order either.
             assert_eq!(island.create(&wfm, text, &content("Eve", &[1])).await, (Outcome::Refused, vec![Code::IdInUse]), "{text}");
         }
-        assert_eq!(island.listed(&ida, Query::default()).await, ["WO-5"]);
+        assert_eq!(island.listed(&ida, WorkOrderQuery::default()).await, ["WO-5"]);
         let mut findings = island.findings().await;
         findings.sort_unstable();
         let expected = [("WO-1", "stale"), ("WO-2", "edited"), ("WO-3", "edited"), ("WO-4", "deleted")];
@@ -337,7 +338,7 @@ island_tests! {
         // Search columns decide nothing: the order is Ida's, whatever they say.
         kms_store_testing::execute(&database().database, "UPDATE work_order SET technician = 'eve', state = 1").await.unwrap();
         let eve = island.handheld("hh-2", "Eve", 52).await;
-        assert!(island.listed(&eve, Query::default()).await.is_empty());
+        assert!(island.listed(&eve, WorkOrderQuery::default()).await.is_empty());
         assert_eq!(denied(island.orders().show(&eve, &id("WO-5")).await), "showWorkOrder");
         assert_eq!(island.change_of(&ida, "WO-5", WorkOrderChange::Complete).await.unwrap().state, "completed");
     }
@@ -373,7 +374,47 @@ island_tests! {
         assert_eq!(created(&one.unwrap()) + created(&other.unwrap()), 5);
     }
 
-    async fn places_are_forgotten_and_lost_columns_come_back(island) {
+    /// Audit records have a digest of each row, which has no key.
+    async fn the_place_of_an_order_cannot_be_tried_out_with_the_log(island) {
+        island.deliver(&sample("generic-suite0", 2)).await;
+        let wfm = island.account("wfm", 50).await;
+        // The last field of the row.
+        let salt = async |text: &str| island.sealed_order(text).await.body.last_chunk::<16>().copied().unwrap();
+        for text in ["WO-1", "WO-2"] {
+            island.create(&wfm, text, &content("Ida", &[1])).await;
+        }
+        let (one, two) = (salt("WO-1").await, salt("WO-2").await);
+        assert!(one != two && one != [0; 16], "the same place");
+        let change = async |revision, place: &str, meters: &[u64]| {
+            let mut content = content("Ida", meters);
+            content.place = Place::parse(place).unwrap();
+            island.change_of(&wfm, "WO-1", WorkOrderChange::Content { revision, content }).await.unwrap();
+        };
+        change(1, "Harbour Street 7", &[1, 2]).await;
+        assert_eq!(salt("WO-1").await, one);
+        change(2, "Harbour Street 8", &[1, 2]).await;
+        let other = salt("WO-1").await;
+        assert!(other != one && other != two);
+        change(3, "", &[1, 2]).await;
+        assert!(!island.sealed_order("WO-1").await.body.windows(16).any(|octets| octets == other));
+        assert_eq!(island.findings().await, []);
+    }
+
+    async fn a_clock_that_was_set_ahead_removes_no_place(island) {
+        island.deliver(&sample("generic-suite0", 2)).await;
+        let wfm = island.account("wfm", 50).await;
+        island.create(&wfm, "WO-1", &content("Ida", &[1])).await;
+        assert_eq!(kms_store_testing::execute(&database().database, "DELETE FROM work_order").await.unwrap(), 1);
+        let retention_pass = RetentionPass::new(island.island.clone(), Retention::DEFAULT);
+        clock::testing::set_ahead(365 * DAY);
+        assert_eq!(retention_pass.remove_places(IslandContext::now()).await.unwrap(), 0);
+        clock::testing::set_ahead(0);
+        assert_eq!(island.listed(&wfm, WorkOrderQuery::default()).await, ["WO-1"], "columns come back all the same");
+        let shown = island.orders().show(&wfm, &id("WO-1")).await.unwrap();
+        assert_eq!(shown.content.unwrap().place, "Harbour Street 7");
+    }
+
+    async fn places_are_removed_and_lost_columns_come_back(island) {
         island.deliver(&sample("generic-suite0", 2)).await;
         let wfm = island.account("wfm", 50).await;
         for text in ["WO-1", "WO-2"] {
@@ -381,23 +422,23 @@ island_tests! {
         }
         island.change_of(&wfm, "WO-1", WorkOrderChange::Complete).await.unwrap();
         assert_eq!(kms_store_testing::execute(&database().database, "DELETE FROM work_order").await.unwrap(), 2);
-        assert!(island.listed(&wfm, Query::default()).await.is_empty());
+        assert!(island.listed(&wfm, WorkOrderQuery::default()).await.is_empty());
         let run = async |days: i64| {
             let retention_pass = RetentionPass::new(island.island.clone(), Retention::DEFAULT);
-            retention_pass.run(IslandContext::now().after(days * DAY)).await.unwrap().places_forgotten
+            retention_pass.remove_places(IslandContext::now().after(days * DAY)).await.unwrap()
         };
         assert_eq!(run(89).await, 0);
-        assert_eq!(island.listed(&wfm, Query::default()).await, ["WO-1", "WO-2"]);
+        assert_eq!(island.listed(&wfm, WorkOrderQuery::default()).await, ["WO-1", "WO-2"]);
         let place = async |text: &str| island.orders().show(&wfm, &id(text)).await.unwrap().content.unwrap().place;
         assert_eq!(place("WO-1").await, "Harbour Street 7");
         assert_eq!(run(90).await, 1, "WO-2 was over some hours later");
         assert_eq!((place("WO-1").await.as_str(), place("WO-2").await.as_str()), ("", "Harbour Street 7"));
         assert_eq!((run(91).await, run(92).await), (1, 0));
-        let forgotten = island.recorded(|event| match event {
-            Event::PlacesForgotten(event) => Some((event.days, event.work_order_ids)),
+        let removed = island.recorded(|event| match event {
+            Event::PlacesRemoved(event) => Some((event.days, event.work_order_ids)),
             _ => None,
         }).await;
-        assert_eq!(forgotten, [(90, vec!["WO-1".to_owned()]), (90, vec!["WO-2".to_owned()])]);
+        assert_eq!(removed, [(90, vec!["WO-1".to_owned()]), (90, vec!["WO-2".to_owned()])]);
         assert_eq!(island.findings().await, []);
     }
 }
