@@ -373,6 +373,12 @@ actions! {
 }
 
 impl Action {
+    /// Whether decisions about it are remembered for later acts. Callers choose the name, the hours
+    /// and the tasks of a work order freely: such decisions would take the places of all others.
+    pub const fn is_remembered(&self) -> bool {
+        !matches!(self, Self::CreateWorkOrder { .. })
+    }
+
     /// Attributes that follow from the others.
     fn put_implied(&self, to: &mut Vec<(&'static str, Attribute)>) {
         match self {
@@ -423,9 +429,10 @@ impl Attributes for Purpose {
     }
 }
 
+/// Folded, as the code compares names: a policy holds for every way to write one.
 impl Attributes for PersonName {
     fn put(&self, name: &'static str, to: &mut Vec<(&'static str, Attribute)>) {
-        self.as_str().put(name, to);
+        self.folded().as_str().put(name, to);
     }
 }
 

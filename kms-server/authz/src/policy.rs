@@ -1,9 +1,9 @@
 //! Decisions of an island's policies (I8): default deny, and any failure denies.
 //!
-//! Decisions are made for classes of meters and remembered: a remembered decision costs about 100
-//! ns, a new one 50 µs. What can change between two calls is part of the key (the principal's
-//! revision), or is checked elsewhere (time, revocation, and the class of a meter, which its sealed
-//! row names).
+//! Decisions are made for classes of meters and remembered, but for those that
+//! [`Action::is_remembered`] excepts: a remembered decision costs about 100 ns, a new one 50 µs.
+//! What can change between two calls is part of the key (the principal's revision), or is checked
+//! elsewhere (time, revocation, and the class of a meter, which its sealed row names).
 
 use std::{
     collections::HashMap,
@@ -12,7 +12,7 @@ use std::{
 };
 
 use kms_base::ServiceError;
-use kms_domain::{Assurance, DeviceType, Group, MeterClass, Principal, PrincipalId, Role};
+use kms_domain::{Assurance, DeviceType, Group, MeterClass, PersonName, Principal, PrincipalId};
 
 use crate::{Action, Quotas};
 
@@ -67,12 +67,13 @@ impl Policy {
     // I8: what is not permitted, what fails to evaluate, and what does not fit the schema is
     // denied.
     pub fn permits(&self, principal: &PrincipalFacts, action: &Action, resource: &Resource<'_>) -> PolicyDecision {
-        self.decisions.of(principal, action, resource, || {
+        let decide = || {
             self.engine.decide(principal, action, resource).unwrap_or_else(|error| {
                 tracing::error!(%error, action = action.name(), principal = %principal.principal, "a policy decision failed, so the request is denied");
                 PolicyDecision::Deny
             })
-        })
+        };
+        if action.is_remembered() { self.decisions.of(principal, action, resource, decide) } else { decide() }
     }
 
     /// As [`Self::permits`], as a result.
@@ -116,7 +117,7 @@ pub struct PrincipalFacts {
     pub principal: PrincipalId,
     /// The generation of its sealed row.
     pub revision: u64,
-    /// Of a handheld: the person who carries it.
+    /// Of a handheld: the person who carries it, folded.
     pub technician: Option<String>,
     /// Of a handheld: where it has its keys, as it said when it was enrolled.
     pub assurance: Option<Assurance>,
@@ -124,11 +125,10 @@ pub struct PrincipalFacts {
 
 /// What policies may know about a principal.
 pub fn facts(principal: &Principal) -> PrincipalFacts {
-    let is_handheld = principal.id.role() == Role::Handheld;
     PrincipalFacts {
         principal: principal.id.clone(),
         revision: u64::from(principal.revision),
-        technician: principal.person.as_ref().filter(|_| is_handheld).map(|person| person.as_str().to_owned()),
+        technician: principal.technician().map(PersonName::folded),
         assurance: principal.assurance,
     }
 }
@@ -275,9 +275,41 @@ const DECISIONS_PER_SHARD: usize = 1_024;
 
 #[cfg(test)]
 mod tests {
-    use kms_domain::IslandName;
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use kms_domain::{IslandName, Role, WorkOrderTasks};
 
     use super::*;
+
+    struct Counting(Arc<AtomicUsize>);
+
+    impl Engine for Counting {
+        fn decide(&self, _: &PrincipalFacts, _: &Action, _: &Resource<'_>) -> Result<PolicyDecision, EvaluationError> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(PolicyDecision::Permit)
+        }
+    }
+
+    #[test]
+    fn what_callers_choose_freely_takes_no_place_of_remembered_decisions() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let quotas = Quotas::parse(Quotas::SHIPPED).unwrap();
+        let policy = Policy::new(Box::new(Counting(Arc::clone(&asked))), quotas, [0; 32]);
+        let principal = PrincipalId::new(IslandName::parse("north").unwrap(), Role::ServiceAccount, "wfm").unwrap();
+        let principal = PrincipalFacts { principal, revision: 1, technician: None, assurance: None };
+        let remembered = || -> usize { policy.decisions.shards.iter().map(|shard| shard.read().unwrap().len()).sum() };
+        policy.permits(&principal, &Action::Scrub, &Resource::Island);
+        for number in 0..100 {
+            let technician = PersonName::parse(&format!("Ida {number}")).unwrap();
+            let action = Action::CreateWorkOrder { tasks: WorkOrderTasks::default(), technician, hours: number };
+            policy.permits(&principal, &action, &Resource::Island);
+        }
+        policy.permits(&principal, &Action::Scrub, &Resource::Island);
+        assert_eq!((remembered(), asked.load(Ordering::Relaxed)), (1, 101));
+    }
 
     #[test]
     fn remembered_decisions_are_bounded() {
