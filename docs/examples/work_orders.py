@@ -50,6 +50,7 @@ def main():
     parser.add_argument("--profile", required=True)
     parser.add_argument("--meter", required=True)
     parser.add_argument("--technician", default="Ida Technician")
+    parser.add_argument("--page-size", type=int, default=100)
     arguments = parser.parse_args()
     messages, services = contract()
     service = services.WorkOrderServiceStub(connect(arguments.profile))
@@ -92,8 +93,16 @@ def main():
     except grpc.RpcError as error:
         print(error.code().name, error.details(), sep=": ")
 
-    page = service.ListWorkOrders(messages.ListWorkOrdersRequest(technician=arguments.technician, ends_after_ms=now))
-    print(f"listed: {order.work_order_id in [listed.work_order_id for listed in page.orders]}")
+    # A list comes in pages: the token of a page names the next one, and the last page has none.
+    query = messages.ListWorkOrdersRequest(technician=arguments.technician, ends_after_ms=now, page_size=arguments.page_size)
+    listed = []
+    while True:
+        page = service.ListWorkOrders(query)
+        listed += [listed_order.work_order_id for listed_order in page.orders]
+        if not page.next_page_token:
+            break
+        query.page_token = page.next_page_token
+    print(f"listed: {order.work_order_id in listed}")
 
     cancelled = service.CancelWorkOrder(
         messages.CancelWorkOrderRequest(request_id=uuid.uuid4().bytes, work_order_id=order.work_order_id, reason="an example")

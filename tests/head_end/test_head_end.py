@@ -123,8 +123,12 @@ def test_orders_work():
         with Running(arguments, r"Serving on (\S+);"):
             program = [sys.executable, REPOSITORY / "docs/examples/work_orders.py", "--profile", state / "profiles/workforce"]
             program += ["--meter", "4B414D0000000001"]
-            done = subprocess.run([str(argument) for argument in program], capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0, done.stdout + done.stderr
+            # The second time its order is on the second page of the list.
+            for more in [], ["--page-size", "1"]:
+                command = [str(argument) for argument in program + more]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+                assert done.returncode == 0, done.stdout + done.stderr
+                assert "listed: True" in done.stdout, done.stdout
             refused = "refused: it is unknown, or this work is not permitted with it"
             first, second, third, fourth, *rest = done.stdout.splitlines()
             assert (first, second, third, fourth) == ("created", refused, "unchanged", refused), done.stdout
