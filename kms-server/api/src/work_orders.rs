@@ -14,7 +14,7 @@ use crate::peer::caller_of;
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
 use kms_service::island::IslandContext;
-use kms_service::work_order::{NewWorkOrder, WorkOrderChange, WorkOrderQuery, WorkOrderService};
+use kms_service::work_order::{NewWorkOrder, WorkOrderChange, WorkOrderQuery, WorkOrderService, content_field};
 
 /// The service over gRPC.
 pub(crate) struct WorkOrderApi {
@@ -153,7 +153,7 @@ fn parse_content(content: Option<v1::WorkOrderContent>, field: &str) -> Result<W
     let place = Place::parse(&content.place).map_err(ServiceError::parse(format!("{field}.place")))?;
     let time = (moment(content.from_ms, field, "from_ms")?, moment(content.until_ms, field, "until_ms")?);
     WorkOrderContent::new(technician, meters, tasks, time, place)
-        .map_err(|error| ServiceError::invalid(format!("{field}.{}", error.what()), error.reason().to_owned()))
+        .map_err(|error| ServiceError::invalid(format!("{field}.{}", content_field(&error)), error.reason().to_owned()))
 }
 
 fn moment(milliseconds: i64, field: &str, name: &str) -> Result<UnixMillis, ServiceError> {
@@ -230,8 +230,8 @@ mod tests {
             ("orders[1].content.tasks[0]", |content| content.tasks[0] = "dance".to_owned()),
             ("orders[1].content.from_ms", |content| content.from_ms = 0),
             ("orders[1].content.until_ms", |content| content.until_ms = -1),
-            ("orders[1].content.until", |content| content.until_ms = 1_000),
-            ("orders[1].content.until", |content| content.until_ms = 32 * 86_400_000),
+            ("orders[1].content.until_ms", |content| content.until_ms = 1_000),
+            ("orders[1].content.until_ms", |content| content.until_ms = 32 * 86_400_000),
             ("orders[1].content.place", |content| content.place = "a\nb".to_owned()),
             ("orders", |content| content.meters = vec![vec![1; 8].into(); 9_999]),
         ];

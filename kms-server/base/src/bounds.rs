@@ -193,8 +193,8 @@ bounds! {
         "From the first octet of an upload to the last. An unfinished upload is then dropped. A complete file that nobody imports is dropped a week after its last change";
     DiskReserveOctets disk_reserve_octets = 1 << 30, 0 => 1 << 40, "octets", Server,
         "Free space that uploads leave to the log (I2) if the database is embedded; at most a tenth of the disk";
-    WorkOrdersPerPrincipal work_orders_per_principal = 50_000, 10 => 1_000_000, "orders", Principal,
-        "Planned and open work orders of one maker, on all servers: counted in the transaction that adds one. A workforce system that orders 3,000 a day plans two weeks ahead";
+    WorkOrdersPerPrincipal work_orders_per_principal = 100_000, 10 => 1_000_000, "orders", Principal,
+        "Work orders of one maker whose time is not over for a week, whether they ended or not, on all servers: counted in the transaction that adds one. They are never deleted. A workforce system that orders 3,000 a day and plans two weeks ahead has 63,000; half as many again are for orders that last long";
     WorkOrderPlaceDays work_order_place_days = 90, 1 => 3_650, "days", Island,
         "From the end of a work order, or of its time, to the removal of its place: it often is a person's home. The rest of the order stays for the audit";
     PrincipalCertificateDays principal_certificate_days = 365, 1 => 3_650, "days", Principal,

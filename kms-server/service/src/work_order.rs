@@ -17,7 +17,7 @@ mod tests;
 
 use std::sync::Arc;
 
-use kms_domain::{PlaceSalt, WorkOrderContent, WorkOrderId};
+use kms_domain::{ParseError, PlaceSalt, WorkOrderContent, WorkOrderId};
 
 pub use self::{
     change::WorkOrderChange,
@@ -51,6 +51,16 @@ impl WorkOrderService {
     /// Work orders of an island.
     pub const fn new(island: Arc<IslandContext>) -> Self {
         Self { island }
+    }
+}
+
+/// The field of the contract's `WorkOrderContent` that an error of the domain is about. Rows and
+/// files name the two ends of the time without a unit.
+pub fn content_field(error: &ParseError) -> &'static str {
+    match error.what() {
+        "from" => "from_ms",
+        "until" => "until_ms",
+        other => other,
     }
 }
 

@@ -33,8 +33,8 @@ pub use row::{
     Assigned, AuditAppend, AuditCursor, AuditFilter, AuditReference, AuditRow, AuditTail, FingerprintOwner,
     FingerprintPrefix, GrantFilter, GrantRow, MeterFilter, MeterProjection, MeterRow, PinFailure, RequestKey,
     RequestRow, RowKind, SealedRow, ServerRow, ShipmentRefusal, ShipmentRow, ShipmentState, Sizes, SpooledFile,
-    TaskFilter, TaskKey, TaskLoad, TaskRow, TaskTally, UploadId, WorkOrderColumns, WorkOrderEnding, WorkOrderFilter,
-    WorkOrderRow,
+    TaskFilter, TaskKey, TaskLoad, TaskRow, TaskTally, UploadId, WorkOrderColumns, WorkOrderCount, WorkOrderEnding,
+    WorkOrderFilter, WorkOrderRow,
 };
 pub use store::Store;
 pub use transaction::{

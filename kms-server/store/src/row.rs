@@ -205,6 +205,16 @@ pub struct WorkOrderRow {
     pub row: SealedRow,
 }
 
+/// The work orders of a principal that count under its bound: their time is not over, or has been
+/// for less than [`kms_domain::WorkOrder::COUNTED_MS`], whether they ended or not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkOrderCount {
+    /// How many.
+    pub orders: u64,
+    /// The first end of their times; `None`: there is none.
+    pub first_until: Option<UnixMillis>,
+}
+
 /// Whether a work order has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WorkOrderEnding {

@@ -7,7 +7,7 @@ use kms_domain::{CampaignId, GrantId, PrincipalId, SystemTitle, UnixMillis, Writ
 use crate::{
     AuditAppend, AuditTail, ExposureCursor, ExposureRow, FingerprintOwner, FingerprintPrefix, GrantRow,
     MeterProjection, RequestKey, RequestRow, RowKind, SealedRow, ShipmentRefusal, ShipmentRow, SpooledFile, TaskKey,
-    TaskRow, UploadId, WorkOrderColumns, row::RowLock,
+    TaskRow, UploadId, WorkOrderColumns, WorkOrderCount, row::RowLock,
 };
 
 /// Rows to read in a transaction. Naming a row twice is harmless.
@@ -158,7 +158,7 @@ pub struct ReadSet {
     pub(crate) grants: HashMap<GrantId, Option<GrantRow>>,
     pub(crate) shipments: HashMap<UploadId, Option<ShipmentRow>>,
     pub(crate) tasks: HashMap<TaskKey, Option<TaskRow>>,
-    pub(crate) work_orders_of: HashMap<PrincipalId, u64>,
+    pub(crate) work_orders_of: HashMap<PrincipalId, WorkOrderCount>,
     pub(crate) audit_tails: HashMap<WriterId, Option<AuditTail>>,
     pub(crate) clock: Option<UnixMillis>,
     pub(crate) spool: Option<Vec<SpooledFile>>,
@@ -213,8 +213,8 @@ impl ReadSet {
         Lookup::of(&self.tasks, &key)
     }
 
-    /// How many work orders of a principal are planned or open. `None`: it was not read.
-    pub fn work_orders_of(&self, maker: &PrincipalId) -> Option<u64> {
+    /// How many work orders of a principal count. `None`: it was not read.
+    pub fn work_orders_of(&self, maker: &PrincipalId) -> Option<WorkOrderCount> {
         self.work_orders_of.get(maker).copied()
     }
 

@@ -28,7 +28,7 @@ use kms_store::{
     ExposureParty, ExposureRow, ExposureTotals, FingerprintOwner, FingerprintPrefix, FingerprintPut, GrantFilter,
     GrantRevocation, GrantRow, KeyValuePrefix, Lookup, MeterFilter, MeterPut, PinFailure, Reads, RequestPut,
     RequestRow, RowKind, RowName, SealedPut, ShipmentRefusal, ShipmentRow, ShipmentState, Store, StoreError,
-    TaskFilter, TaskKey, TaskRow, UploadId, WorkOrderColumns, WorkOrderEnding, WorkOrderFilter,
+    TaskFilter, TaskKey, TaskRow, UploadId, WorkOrderColumns, WorkOrderCount, WorkOrderEnding, WorkOrderFilter,
 };
 use kms_store_testing::{Damage, Obstruction, damage};
 
@@ -1115,12 +1115,17 @@ async fn work_orders_are_found_by_their_columns(f: Fixture) {
 async fn work_orders_are_counted_before_one_is_added(f: Fixture) {
     let now = f.store.now().await.unwrap().0;
     let live = |id: &str| order(id, "ida", now - 1_000, now + 3_600_000);
-    let expired = order("expired", "ida", now - 1_000, now - 500);
+    let week = WorkOrder::COUNTED_MS;
+    // These two count no more. Of those that count, it does not matter how they ended.
+    let over = order("over", "ida", now - week - 1_000, now - week - 1);
+    let done = WorkOrderColumns { end: WorkOrderEnding::Completed, ..order("done", "ida", 1, 2) };
+    let first = now - week + 3_600_000;
+    let expired = WorkOrderColumns { end: WorkOrderEnding::Completed, ..order("expired", "ida", first - 1, first) };
     let ended = WorkOrderColumns { end: WorkOrderEnding::Cancelled, ..live("ended") };
-    write(&*f.store, orders(&[live("1"), expired, ended], 1)).await.unwrap();
+    write(&*f.store, orders(&[live("1"), expired, ended, over, done], 1)).await.unwrap();
     let several = matches!(f.config.database, DatabaseLocation::Postgres(_));
     let other = if several { kms_store::open(&f.config).await.unwrap() } else { Arc::clone(&f.store) };
-    // Ten at a time on two servers, and a bound of six.
+    // Ten at a time on two servers, and a bound of eight.
     let mut tasks = tokio::task::JoinSet::new();
     for number in 0..10 {
         let store = Arc::clone(if number % 2 == 0 { &f.store } else { &other });
@@ -1132,10 +1137,12 @@ async fn work_orders_are_counted_before_one_is_added(f: Fixture) {
                 ..Reads::default()
             };
             let mut decide = |set: &kms_store::ReadSet| {
-                assert_eq!(set.work_orders_of(&principal("nobody")), Some(0));
+                assert_eq!(set.work_orders_of(&principal("nobody")), Some(WorkOrderCount::default()));
                 assert_eq!(set.work_orders_of(&principal("unread")), None);
-                match set.work_orders_of(&principal("wfm")).unwrap() {
-                    6.. => Decision::Abandon,
+                let count = set.work_orders_of(&principal("wfm")).unwrap();
+                assert_eq!(count.first_until, Some(UnixMillis(first)));
+                match count.orders {
+                    8.. => Decision::Abandon,
                     _ => Decision::Commit(Box::new(orders(std::slice::from_ref(&new), 1))),
                 }
             };

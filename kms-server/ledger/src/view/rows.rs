@@ -18,6 +18,7 @@ use crate::{
 };
 use kms_authz::Caller;
 use kms_base::error::ServiceError;
+use kms_store::WorkOrderCount;
 
 impl View<'_, '_> {
     /// The caller's principal, if it is enabled and may use this certificate now (I5, I8).
@@ -235,12 +236,11 @@ impl View<'_, '_> {
         self.put(Arc::new(order))
     }
 
-    /// How many planned and open work orders this principal has made, with those that this
-    /// transaction adds. Orders that it ends still count.
+    /// How many work orders of this principal count, with those that this transaction adds.
     ///
     /// # Errors
     /// The number was not read yet.
-    pub fn work_orders_of(&mut self, maker: &PrincipalId) -> Result<u64, ServiceError> {
+    pub fn work_orders_of(&mut self, maker: &PrincipalId) -> Result<WorkOrderCount, ServiceError> {
         let Some(stored) = self.draft.read.work_orders_of(maker) else {
             self.draft.missing.work_orders_of.push(maker.clone());
             return Err(not_read());
@@ -252,7 +252,7 @@ impl View<'_, '_> {
             opened.generation.is_none()
                 && matches!(&opened.value, Some(Value::WorkOrder(order)) if order.maker == *maker)
         });
-        Ok(stored.saturating_add(added.count() as u64))
+        Ok(WorkOrderCount { orders: stored.orders.saturating_add(added.count() as u64), ..stored })
     }
 
     /// The last invitation of a handheld.

@@ -3,13 +3,13 @@
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
-use kms_domain::{PlaceSalt, WorkOrder, WorkOrderContent, WorkOrderError, WorkOrderId, WorkOrderState};
+use kms_domain::{PlaceSalt, WorkOrder, WorkOrderContent, WorkOrderError, WorkOrderId};
 use kms_proto::v1::{self, WorkOrderChanged, WorkOrderEnded, WorkOrderProblemCode as Code, audit_record::Event};
 use kms_store::Reads;
 
 use super::{
-    Request, WorkOrderService,
-    judge::{bound_orders, refused_meters},
+    Request, WorkOrderService, content_field,
+    judge::{Judge, bound_orders},
     message::{Shown, message, recorded},
     new_salt,
     show::{missing, standing},
@@ -136,7 +136,7 @@ impl Act for ChangeOrder {
 
 impl ChangeOrder {
     /// Whether the caller may order the new content, and whether there is room for one more order:
-    /// one whose time was over is planned or open again.
+    /// one that did not count any more counts again.
     fn judge(
         &self,
         view: &mut View<'_, '_>,
@@ -144,7 +144,7 @@ impl ChangeOrder {
         order: &WorkOrder,
         content: &WorkOrderContent,
     ) -> Result<(), ServiceError> {
-        match refused_meters(view, permit, content, order.content.meters()).first() {
+        match Judge::new(permit).refused_meters(view, content, order.content.meters()).first() {
             None => {}
             Some((meter, Code::Retired)) => {
                 return Err(ServiceError::FailedPrecondition {
@@ -154,7 +154,7 @@ impl ChangeOrder {
             }
             Some((meter, _)) => return Err(ServiceError::denied(format!("{} with meter {meter}", self.name()))),
         }
-        if order.state(view.now()) == WorkOrderState::Expired {
+        if order.content.until.after(WorkOrder::COUNTED_MS) <= view.now() {
             bound_orders(view, &order.maker, &self.limits)?;
         }
         Ok(())
@@ -189,7 +189,7 @@ fn refused(error: WorkOrderError) -> ServiceError {
             next_step: "look at it with `kms work-order show`, and change it again if that is still right".to_owned(),
         },
         WorkOrderError::Content(error) => {
-            ServiceError::invalid(format!("content.{}", error.what()), error.reason().to_owned())
+            ServiceError::invalid(format!("content.{}", content_field(&error)), error.reason().to_owned())
         }
     }
 }

@@ -3,7 +3,7 @@
 use async_recursion::async_recursion as boxed;
 use std::sync::Arc;
 
-use kms_domain::{PlaceSalt, PrincipalId, WorkOrder};
+use kms_domain::{PlaceSalt, PrincipalId, SystemTitle, WorkOrder, WorkOrderContent};
 use kms_proto::v1::{
     self, WorkOrderCreated, WorkOrderOutcome as Outcome, WorkOrderProblemCode as Code, audit_record::Event,
 };
@@ -11,7 +11,7 @@ use kms_store::Reads;
 
 use super::{
     NewWorkOrder, Request, WorkOrderService,
-    judge::{bound_orders, problem, refused_meters},
+    judge::{Judge, bound_orders, problem},
     message::recorded,
     new_salt,
 };
@@ -95,9 +95,10 @@ impl Act for CreateOrders {
     }
 
     fn decide(&self, permit: &Permit, view: &mut View<'_, '_>) -> Result<Decision<Self::Answer>, ServiceError> {
+        let mut judge = Judge::new(permit);
         let mut results = Vec::with_capacity(self.orders.len());
         for (order, salt) in &self.orders {
-            let (outcome, problems) = match create(view, permit, &self.limits, order, salt)? {
+            let (outcome, problems) = match create(view, &mut judge, &self.limits, order, salt)? {
                 Ok(outcome) => (outcome, Vec::new()),
                 Err(problems) => (Outcome::Refused, problems),
             };
@@ -115,10 +116,11 @@ impl Act for CreateOrders {
         permit: &Permit,
         view: &mut View<'_, '_>,
     ) -> Result<Self::Answer, ServiceError> {
+        let mut judge = Judge::new(permit);
         for ((order, _), _) in
             self.orders.iter().zip(&response.results).filter(|(_, result)| result.outcome() != Outcome::Refused)
         {
-            let refused = refused_meters(view, permit, &order.content, order.content.meters());
+            let refused = judge.refused_meters(view, &order.content, order.content.meters());
             if !refused.is_empty() {
                 return Err(ServiceError::denied(NAME));
             }
@@ -130,41 +132,74 @@ impl Act for CreateOrders {
 /// Makes one order, or says why not. An order that is refused stages nothing.
 fn create(
     view: &mut View<'_, '_>,
-    permit: &Permit,
+    judge: &mut Judge<'_>,
     limits: &Limits,
     new: &NewWorkOrder,
     salt: &PlaceSalt,
 ) -> Result<Result<Outcome, Vec<v1::WorkOrderProblem>>, ServiceError> {
-    let refused = refused_meters(view, permit, &new.content, &[]);
+    // An error means that the row does not verify (I5), or that it is read for the next attempt.
+    // Its id is in use all the same.
+    let known = view.work_order(&new.id);
+    let maker = judge.caller();
+    if let Ok(Some(known)) = &known
+        && known.maker == *maker
+    {
+        return Ok(sent_again(view, judge, known, &new.content));
+    }
+    // What costs no question to policy comes first.
+    if let Err(error) = new.content.check_new(view.now()) {
+        return Ok(Err(of_order(Code::Time, error.reason().to_owned())));
+    }
+    let refused = judge.refused_meters(view, &new.content, &[]);
     if !refused.is_empty() {
-        let problems = refused.into_iter().take(MOST_PROBLEMS).map(|(meter, code)| problem(meter, code));
-        return Ok(Err(problems.collect()));
+        return Ok(Err(of_meters(refused)));
     }
-    let maker = &permit.principal().id;
-    match view.work_order(&new.id) {
-        Ok(None) => {}
-        Ok(Some(known)) if known.maker == *maker && known.end.is_none() && known.content == new.content => {
-            return Ok(Ok(Outcome::Unchanged));
-        }
-        // An error means that the row does not verify (I5), or that it is read for the next
-        // attempt. Its id is in use all the same.
-        Ok(Some(_)) | Err(_) => return Ok(Err(of_order(Code::IdInUse, "a work order of this id exists".to_owned()))),
+    if !matches!(known, Ok(None)) {
+        return Ok(Err(of_order(Code::IdInUse, "a work order of this id exists".to_owned())));
     }
-    let order = match WorkOrder::new(new.id.clone(), maker.clone(), new.content.clone(), salt.clone(), view.now()) {
-        Ok(order) => order,
-        Err(error) => return Ok(Err(of_order(Code::Time, error.to_string()))),
-    };
     match bound_orders(view, maker, limits) {
         Ok(()) => {}
         Err(ServiceError::ResourceExhausted { reason, .. }) => return Ok(Err(of_order(Code::Exhausted, reason))),
         Err(error) => return Err(error),
     }
+    let order = match WorkOrder::new(new.id.clone(), maker.clone(), new.content.clone(), salt.clone(), view.now()) {
+        Ok(order) => order,
+        Err(error) => return Ok(Err(of_order(Code::Time, error.reason().to_owned()))),
+    };
     view.append(Event::WorkOrderCreated(WorkOrderCreated {
         work_order_id: order.id.to_string(),
         work: Some(recorded(&order.content)),
     }));
     view.put_work_order(order)?;
     Ok(Ok(Outcome::Created))
+}
+
+/// What becomes of an order that its maker has made before. I8: nothing is told of it to a maker
+/// that has lost the permission. Meters that were retired since stay in it.
+fn sent_again(
+    view: &mut View<'_, '_>,
+    judge: &mut Judge<'_>,
+    known: &WorkOrder,
+    content: &WorkOrderContent,
+) -> Result<Outcome, Vec<v1::WorkOrderProblem>> {
+    let refused = judge.refused_meters(view, content, known.content.meters());
+    if !refused.is_empty() {
+        return Err(of_meters(refused));
+    }
+    if known.end.is_some() {
+        let state = known.state(view.now());
+        return Err(of_order(Code::Ended, format!("your work order of this id is {state}")));
+    }
+    if known.content.is_same(content) {
+        return Ok(Outcome::Unchanged);
+    }
+    let reason = "you have made a work order of this id that says something else: change it".to_owned();
+    Err(of_order(Code::IdInUse, reason))
+}
+
+/// The first problems of an order's meters.
+fn of_meters(refused: Vec<(SystemTitle, Code)>) -> Vec<v1::WorkOrderProblem> {
+    refused.into_iter().take(MOST_PROBLEMS).map(|(meter, code)| problem(meter, code)).collect()
 }
 
 /// The problem of an order as a whole.

@@ -1,7 +1,10 @@
-use std::sync::{Arc, OnceLock};
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use kms_domain::{
-    PersonName, Place, RequestId, Retention, Role, SystemTitle, UnixMillis, WorkOrderContent, WorkOrderId,
+    PersonName, Place, RequestId, Retention, Role, SystemTitle, UnixMillis, WorkOrder, WorkOrderContent, WorkOrderId,
     WorkOrderState, WorkOrderTask,
 };
 use kms_proto::v1::{
@@ -16,7 +19,7 @@ use crate::meter::MeterService;
 use crate::retention::RetentionPass;
 use crate::scrub::Scrubber;
 use crate::testing::{TestIsland, database, island_tests, meter, sample};
-use kms_authz::Caller;
+use kms_authz::{Action, Caller, Engine, EvaluationError, Policy, PolicyDecision, PrincipalFacts, Quotas, Resource};
 use kms_base::bounds::Limits;
 use kms_base::clock;
 use kms_base::error::ServiceError;
@@ -61,6 +64,16 @@ fn denied<T: std::fmt::Debug>(result: Result<T, ServiceError>) -> String {
     match result.unwrap_err() {
         ServiceError::PermissionDenied { asked, .. } => asked,
         other => panic!("{other:?}"),
+    }
+}
+
+/// Permits everything, and counts the questions.
+struct Counting(Arc<AtomicUsize>);
+
+impl Engine for Counting {
+    fn decide(&self, _: &PrincipalFacts, _: &Action, _: &Resource<'_>) -> Result<PolicyDecision, EvaluationError> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(PolicyDecision::Permit)
     }
 }
 
@@ -177,7 +190,8 @@ island_tests! {
         for change in [change(3), WorkOrderChange::Complete, WorkOrderChange::Cancel { reason: String::new() }] {
             assert!(matches!(island.change_of(&wfm, "WO-1", change).await, Err(ServiceError::FailedPrecondition { .. })));
         }
-        assert_eq!(island.create(&wfm, "WO-1", &more).await, (Outcome::Refused, vec![Code::IdInUse]), "an id has one order for ever");
+        assert_eq!(island.create(&wfm, "WO-1", &more).await, (Outcome::Refused, vec![Code::Ended]), "an id has one order for ever");
+        assert_eq!(island.create(&other, "WO-1", &more).await, (Outcome::Refused, vec![Code::IdInUse]), "it is not theirs");
         assert!(island.listed(&ida, WorkOrderQuery { state: Some(WorkOrderState::Open), ..all() }).await.is_empty());
         assert_eq!(island.listed(&ida, WorkOrderQuery { state: Some(WorkOrderState::Completed), ..all() }).await, ["WO-1"]);
 
@@ -241,6 +255,62 @@ island_tests! {
         let refusal = island.change_of(&wfm, "WO-3", change(1, &[4, 1])).await.unwrap_err();
         assert!(refusal.to_string().contains("is retired; leave it out"), "{refusal}");
         assert!(denied(island.change_of(&wfm, "WO-3", change(1, &[4, 99])).await).contains("changeWorkOrder with meter"));
+    }
+
+    /// A nightly job sends what it has.
+    async fn an_order_that_is_sent_again_is_told_what_became_of_it(island) {
+        island.deliver(&sample("generic-suite0", 6)).await;
+        let wfm = island.account("wfm", 50).await;
+        let call = async |orders| outcomes(&island.orders().create(&wfm, request(), orders).await.unwrap());
+        let night = || vec![
+            order("WO-1", &content("Ida Berg", &[1, 2])),
+            order("WO-2", &content("Ida Berg", &[3])),
+            order("WO-3", &content("Ida Berg", &[4])),
+        ];
+        assert_eq!(call(night()).await, vec![(Outcome::Created, vec![]); 3]);
+        MeterService::new(island.island.clone()).retire(&island.officer, request(), vec![meter(2), meter(5)], String::new()).await.unwrap();
+        island.change_of(&wfm, "WO-2", WorkOrderChange::Complete).await.unwrap();
+        island.change_of(&wfm, "WO-3", WorkOrderChange::Cancel { reason: String::new() }).await.unwrap();
+        let again = [
+            (Outcome::Unchanged, vec![]),
+            (Outcome::Refused, vec![Code::Ended]),
+            (Outcome::Refused, vec![Code::Ended]),
+        ];
+        assert_eq!(call(night()).await, again);
+        // A name is the same however it is written.
+        assert_eq!(island.create(&wfm, "WO-1", &content("ida  BERG", &[1, 2])).await, (Outcome::Unchanged, vec![]));
+        // A retired meter that the order does not have, and another meter.
+        assert_eq!(island.create(&wfm, "WO-1", &content("Ida Berg", &[1, 5])).await, (Outcome::Refused, vec![Code::Retired]));
+        assert_eq!(island.create(&wfm, "WO-1", &content("Ida Berg", &[1, 3])).await, (Outcome::Refused, vec![Code::IdInUse]));
+
+        // I8: to a maker that may not order this work any more, nothing is told.
+        let deny = "permit (principal is Officer, action, resource);".to_owned();
+        let policy = kms_policy::from_files(vec![("none.cedar".into(), deny)], (Quotas::FILE.into(), Quotas::SHIPPED.to_owned())).unwrap();
+        let shipped = island.island.policy.swap(Arc::new(policy));
+        let told = call(night()).await;
+        island.island.policy.store(shipped);
+        let not_permitted = |count| (Outcome::Refused, vec![Code::NotPermitted; count]);
+        assert_eq!(told, [not_permitted(2), not_permitted(1), not_permitted(1)]);
+    }
+
+    /// Policy is asked once for each class of meters, and not about an order that is too late.
+    async fn orders_ask_policy_as_little_as_they_can(island) {
+        island.deliver(&sample("generic-suite0", 9)).await;
+        let wfm = island.account("wfm", 50).await;
+        let asked = Arc::new(AtomicUsize::new(0));
+        let quotas = Quotas::parse(Quotas::SHIPPED).unwrap();
+        let counting = Policy::new(Box::new(Counting(asked.clone())), quotas, [0; 32]);
+        let shipped = island.island.policy.swap(Arc::new(counting));
+        let mut late = content("Ida", &[1]);
+        (late.from, late.until) = (late.from.after(-20 * HOUR), late.until.after(-20 * HOUR));
+        let called = island.create(&wfm, "WO-0", &late).await;
+        let for_late = asked.load(Ordering::Relaxed);
+        let orders = (1..=8).map(|number| order(&format!("WO-{number}"), &content("Ida", &[number, number + 1]))).collect();
+        let made = island.orders().create(&wfm, request(), orders).await;
+        island.island.policy.store(shipped);
+        assert_eq!((called, for_late), ((Outcome::Refused, vec![Code::Time]), 0));
+        assert!(made.unwrap().results.iter().all(|result| result.outcome() == Outcome::Created));
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
     }
 
     async fn many_orders_of_one_call_are_divided_and_the_largest_is_whole(island) {
@@ -343,7 +413,7 @@ island_tests! {
         assert_eq!(island.change_of(&ida, "WO-5", WorkOrderChange::Complete).await.unwrap().state, "completed");
     }
 
-    async fn a_maker_has_so_many_orders_that_are_not_over(island) {
+    async fn a_maker_has_so_many_orders_whatever_became_of_them(island) {
         island.deliver(&sample("generic-suite0", 2)).await;
         let (wfm, other) = (island.account("wfm", 50).await, island.account("other", 51).await);
         let bounded = |mut server: IslandContext| {
@@ -357,21 +427,41 @@ island_tests! {
         assert_eq!(created(&response), 10);
         assert_eq!(outcomes(&response)[10], (Outcome::Refused, vec![Code::Exhausted]));
         assert!(response.results[11].problems[0].reason.contains("the bound `work_orders_per_principal` is 10 orders"));
-        // Others have their own, and an order that has ended is none of them.
+        // Others have their own. Orders that end at once are never deleted either, so they count.
         assert_eq!(created(&service.create(&other, request(), numbered(20, 21)).await.unwrap()), 2);
         service.change(&wfm, request(), id("WO-1"), WorkOrderChange::Complete).await.unwrap();
-        assert_eq!(created(&service.create(&wfm, request(), numbered(11, 12)).await.unwrap()), 1);
+        service.change(&wfm, request(), id("WO-2"), WorkOrderChange::Cancel { reason: String::new() }).await.unwrap();
+        let response = service.create(&wfm, request(), numbered(11, 12)).await.unwrap();
+        assert_eq!(created(&response), 0);
+        let frees = content("Ida", &[1]).until.after(WorkOrder::COUNTED_MS);
+        let frees = jiff::Timestamp::from_millisecond(frees.0).unwrap();
+        let reason = &response.results[0].problems[0].reason;
+        assert!(reason.contains(&format!("the first of them counts until {frees}")), "{reason}");
 
-        // Two servers at once do not exceed it.
-        for number in 2..=6 {
-            service.change(&wfm, request(), id(&format!("WO-{number}")), WorkOrderChange::Complete).await.unwrap();
-        }
+        // A week after their time they count no more. Two servers at once do not exceed the bound.
+        kms_store_testing::execute(&database().database, "UPDATE work_order SET until_ms = 1").await.unwrap();
         let second = bounded(island.restarted().await);
         let (one, other) = tokio::join!(
-            service.create(&wfm, request(), numbered(30, 34)),
-            second.create(&wfm, request(), numbered(40, 44)),
+            service.create(&wfm, request(), numbered(30, 37)),
+            second.create(&wfm, request(), numbered(40, 47)),
         );
-        assert_eq!(created(&one.unwrap()) + created(&other.unwrap()), 5);
+        assert_eq!(created(&one.unwrap()) + created(&other.unwrap()), 10);
+
+        // An order that counts no more counts again when it gets another time. The account's
+        // certificate has ended by then.
+        clock::testing::set_ahead(9 * DAY);
+        let officer = island.member(Role::Officer, "otto", Some("Otto"), 52).await;
+        let mut later = content("Ida", &[1]);
+        (later.from, later.until) = (later.from.after(9 * DAY), later.until.after(9 * DAY));
+        let change = |revision| WorkOrderChange::Content { revision, content: later.clone() };
+        let refusal = service.change(&officer, request(), id("WO-3"), change(1)).await;
+        clock::testing::set_ahead(0);
+        match refusal {
+            Err(ServiceError::ResourceExhausted { retry_after, .. }) => assert!(retry_after.as_secs() < 7 * 86_400),
+            other => panic!("{other:?}"),
+        }
+        // One that counts has its place already.
+        service.change(&wfm, request(), id("WO-30"), change(1)).await.unwrap();
     }
 
     /// Audit records have a digest of each row, which has no key.

@@ -8,8 +8,8 @@ use super::{
     names::{Numbers, TermKind},
 };
 use crate::{
-    ReadSet, StoreError, WorkOrderColumns, WorkOrderFilter, WorkOrderRow, batch::RowBatch, error::Failure,
-    row::WorkOrderEnding,
+    ReadSet, StoreError, WorkOrderColumns, WorkOrderCount, WorkOrderFilter, WorkOrderRow, batch::RowBatch,
+    error::Failure, row::WorkOrderEnding,
 };
 
 type Readers = Pool<Database>;
@@ -65,7 +65,7 @@ pub(super) async fn complete(engine: &Engine, rows: &[WorkOrderColumns]) -> Resu
     Ok(done.rows_affected())
 }
 
-/// How many orders of these makers are planned or open, by the database's clock.
+/// How many orders of these makers count, by the database's clock.
 pub(super) async fn count_of_makers(
     connection: &mut Connection,
     makers: &[PrincipalId],
@@ -75,9 +75,12 @@ pub(super) async fn count_of_makers(
         let row = sqlx::query::<Database>(COUNT_OF_MAKER)
             .bind(TermKind::Principal.number())
             .bind(maker.to_string())
+            .bind(WorkOrder::COUNTED_MS)
             .fetch_one(&mut *connection)
             .await?;
-        set.work_orders_of.insert(maker.clone(), decode::unsigned(&row, 0)?);
+        let first_until = row.try_get::<Option<i64>, _>(1)?.map(UnixMillis);
+        let count = WorkOrderCount { orders: decode::unsigned(&row, 0)?, first_until };
+        set.work_orders_of.insert(maker.clone(), count);
     }
     Ok(())
 }
@@ -201,9 +204,12 @@ const COUNT_MISSING: &str = concat!(
 
 const TERM: &str = "SELECT CAST(id AS BIGINT) FROM term WHERE kind = $1 AND text = $2";
 
+// All states are named, so that the index `work_order_unended` finds the rows. The time is a query
+// of its own: PostgreSQL compares an index with nothing that changes within a statement.
 const COUNT_OF_MAKER: &str = concat!(
-    "SELECT count(*) FROM work_order WHERE maker = (SELECT id FROM term WHERE kind = $1 AND text = $2) AND state = 0 AND until_ms > ",
-    now!()
+    "SELECT count(*), min(until_ms) FROM work_order WHERE maker = (SELECT id FROM term WHERE kind = $1 AND text = $2) AND state IN (0, 1, 2) AND until_ms > (SELECT ",
+    now!(),
+    " - $3)"
 );
 
 const PAGE: &str = concat!(
