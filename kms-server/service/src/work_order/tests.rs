@@ -248,6 +248,14 @@ island_tests! {
             assert_eq!(island.create(&wfm, "WO-5", &far).await, (Outcome::Refused, vec![Code::Time]));
         }
 
+        // A change names the field of the contract.
+        let mut past = content("Ida", &[4]);
+        (past.from, past.until) = (past.from.after(-20 * HOUR), past.until.after(-20 * HOUR));
+        match island.change_of(&wfm, "WO-3", WorkOrderChange::Content { revision: 1, content: past }).await {
+            Err(ServiceError::InvalidArgument { field, .. }) => assert_eq!(field, "content.until_ms"),
+            other => panic!("{other:?}"),
+        }
+
         // A meter that was retired since stays in its order, and does not come into another one.
         MeterService::new(island.island.clone()).retire(&island.officer, request(), vec![meter(1)], String::new()).await.unwrap();
         let change = |revision, meters: &[u64]| WorkOrderChange::Content { revision, content: content("Bo", meters) };
