@@ -238,7 +238,12 @@ fn refuse_plaintext(options: &PgConnectOptions) -> Result<(), StoreError> {
 }
 
 const BEGIN: &str = "BEGIN";
+/// The bounds of a call are not those of a migration. The next server waits at this lock for as
+/// long as the first one needs.
+const MIGRATION_BEGIN: &str = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0";
 const MIGRATION_LOCK: &str = "SELECT pg_advisory_xact_lock(1296780112, -1)";
+/// Behind a table's lock that waits, all who use the table wait too: this wait stays bounded.
+const MIGRATION_LOCKED: &str = "RESET lock_timeout";
 /// Whether transactions of others run at the same time.
 const CONCURRENT: bool = true;
 const MIGRATIONS: &[Migration] = &[

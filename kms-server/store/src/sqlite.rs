@@ -324,7 +324,10 @@ async fn wal(connection: &mut SqliteConnection, pragma: &'static str) -> Result<
 }
 
 const BEGIN: &str = "BEGIN IMMEDIATE";
+/// The transaction has the whole database, and no statement is bounded in time.
+const MIGRATION_BEGIN: &str = "SELECT 1";
 const MIGRATION_LOCK: &str = "SELECT 1";
+const MIGRATION_LOCKED: &str = "SELECT 1";
 /// Whether transactions of others run at the same time.
 const CONCURRENT: bool = false;
 const MIGRATIONS: &[Migration] = &[

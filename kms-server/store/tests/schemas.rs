@@ -45,6 +45,22 @@ async fn every_earlier_schema_is_brought_up_to_date_on_postgresql() {
     }
 }
 
+/// A step may take longer than a call, and the next server waits for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_takes_longer_than_a_call_succeeds_on_postgresql() {
+    let database = DatabaseLocation::Postgres(cluster().create_database().await.unwrap());
+    filled(4, "postgres", &database).await;
+    let slow = "CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(2.5); END $$; \
+                CREATE EVENT TRIGGER slow ON ddl_command_start WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION slow()";
+    testing::execute(&database, slow).await.unwrap();
+    let config = StoreConfig { call_timeout: std::time::Duration::from_secs(1), ..StoreConfig::new(database) };
+    let (first, second) = tokio::join!(kms_store::open(&config), kms_store::open(&config));
+    for store in [first.unwrap(), second.unwrap()] {
+        assert_eq!(store.exposure_page(None, 9).await.unwrap(), []);
+        store.close().await;
+    }
+}
+
 /// The rows of each version fill every table that it has.
 #[test]
 fn every_table_of_every_schema_has_rows() {
@@ -60,15 +76,7 @@ fn every_table_of_every_schema_has_rows() {
 /// Makes a database as it was, opens it, reads and writes all of it, and opens it again.
 async fn upgraded(version: usize, kind: &str, database: DatabaseLocation) {
     println!("schema version {version} on {kind}");
-    for step in steps(kind, version).values() {
-        testing::execute(&database, step).await.unwrap();
-    }
-    let others = if kind == "sqlite" { "-- postgres only" } else { "-- sqlite only" };
-    let rows: Vec<_> = rows(version).lines().filter(|line| !line.ends_with(others)).map(str::to_owned).collect();
-    let rows = rows.join("\n");
-    let rows = if kind == "sqlite" { rows } else { rows.replace("x'", "'\\x") };
-    testing::execute(&database, &rows).await.unwrap();
-
+    filled(version, kind, &database).await;
     let config = StoreConfig::new(database);
     let store = kms_store::open(&config).await.unwrap();
     read(&*store, version).await;
@@ -78,6 +86,18 @@ async fn upgraded(version: usize, kind: &str, database: DatabaseLocation) {
     let store = kms_store::open(&config).await.unwrap();
     written(&*store).await;
     store.close().await;
+}
+
+/// A database as servers of a version left it.
+async fn filled(version: usize, kind: &str, database: &DatabaseLocation) {
+    for step in steps(kind, version).values() {
+        testing::execute(database, step).await.unwrap();
+    }
+    let others = if kind == "sqlite" { "-- postgres only" } else { "-- sqlite only" };
+    let rows: Vec<_> = rows(version).lines().filter(|line| !line.ends_with(others)).map(str::to_owned).collect();
+    let rows = rows.join("\n");
+    let rows = if kind == "sqlite" { rows } else { rows.replace("x'", "'\\x") };
+    testing::execute(database, &rows).await.unwrap();
 }
 
 async fn read(store: &dyn Store, version: usize) {

@@ -75,7 +75,10 @@ use async_trait::async_trait;
 use kms_domain::{CampaignId, GrantId, PrincipalId, SystemTitle, TaskState, UnixMillis, WorkOrderId, WriterId};
 use sqlx::{Connection as _, Row as _};
 
-use super::{BEGIN, CONCURRENT, Connection, Database, Engine, MIGRATION_LOCK, Row, keys, lock_stripes};
+use super::{
+    BEGIN, CONCURRENT, Connection, Database, Engine, MIGRATION_BEGIN, MIGRATION_LOCK, MIGRATION_LOCKED, Row, keys,
+    lock_stripes,
+};
 use crate::{
     AuditAppend, AuditCursor, AuditFilter, AuditRow, AuditTail, Committed, Decision, ExposureCursor, ExposureOwner,
     ExposureParty, ExposureRow, ExposureTotals, FingerprintOwner, FingerprintPrefix, GrantFilter, GrantRow,
@@ -478,10 +481,14 @@ impl Engine {
     }
 }
 
-/// Brings the schema up to date in one transaction, one server at a time.
+/// Brings the schema up to date in one transaction, one server at a time. A step takes as long as
+/// it needs: an index of a large table is made in minutes, and a step that is ended halfway would
+/// be begun again at each start, for ever.
 pub(super) async fn migrate(connection: &mut Connection, migrations: &'static [Migration]) -> Result<(), StoreError> {
     let mut transaction = connection.begin_with(BEGIN).await?;
+    sqlx::raw_sql(MIGRATION_BEGIN).execute(&mut *transaction).await?;
     sqlx::query::<Database>(MIGRATION_LOCK).execute(&mut *transaction).await?;
+    sqlx::raw_sql(MIGRATION_LOCKED).execute(&mut *transaction).await?;
     sqlx::raw_sql(SCHEMA_VERSION).execute(&mut *transaction).await?;
     let rows = sqlx::query::<Database>("SELECT version, sha256 FROM schema_version ORDER BY version")
         .fetch_all(&mut *transaction)
@@ -490,8 +497,15 @@ pub(super) async fn migrate(connection: &mut Connection, migrations: &'static [M
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect::<Result<Vec<(i64, String)>, StoreError>>()?;
-    for migration in schema::missing(migrations, &applied)? {
-        tracing::info!(version = migration.version, name = migration.name, "migrating the database");
+    let missing: Vec<&Migration> = schema::missing(migrations, &applied)?.collect();
+    let Some(to) = missing.last().map(|migration| migration.version) else {
+        return Ok(transaction.commit().await?);
+    };
+    let from = applied.last().map_or(0, |(version, _)| *version);
+    let begun = std::time::Instant::now();
+    tracing::info!(from, to, "migrating the database: other servers wait until its schema is changed");
+    for migration in missing {
+        tracing::info!(version = migration.version, name = migration.name, "changing the schema of the database");
         sqlx::raw_sql(migration.sql).execute(&mut *transaction).await?;
         sqlx::query::<Database>(APPLIED)
             .bind(migration.version)
@@ -500,7 +514,9 @@ pub(super) async fn migrate(connection: &mut Connection, migrations: &'static [M
             .execute(&mut *transaction)
             .await?;
     }
-    Ok(transaction.commit().await?)
+    transaction.commit().await?;
+    tracing::info!(from, to, seconds = begun.elapsed().as_secs(), "the database was migrated");
+    Ok(())
 }
 
 const SCHEMA_VERSION: &str = "CREATE TABLE IF NOT EXISTS schema_version (version BIGINT PRIMARY KEY, name TEXT NOT NULL, sha256 TEXT NOT NULL, applied_ms BIGINT NOT NULL)";
