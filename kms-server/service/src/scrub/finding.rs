@@ -21,7 +21,8 @@ fn kind_name(kind: u32) -> &'static str {
 
 fn text_of(kind: u32, id: &[u8]) -> String {
     match (kind, std::str::from_utf8(id)) {
-        (4 | 6 | 7, Ok(text)) => text.to_owned(),
+        // Principal, island, quota use, invitation, work order.
+        (4 | 6 | 7 | 13 | 14, Ok(text)) => text.to_owned(),
         _ => hex::encode_upper(id),
     }
 }
@@ -38,3 +39,25 @@ pub(super) fn event(finding: &ScrubFinding) -> SecurityEvent {
 
 /// The kind of meters' rows.
 pub(super) const METER: u32 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_whose_id_is_text_are_named_by_it() {
+        let detail =
+            |kind: RowKind, id: &[u8]| event(&finding(&(kind.number(), id.into()), "stale", "old".to_owned())).detail;
+        let handheld = "urn:meterkms:north:handheld:hh-7";
+        for (kind, id) in [
+            (RowKind::Principal, handheld),
+            (RowKind::Island, "north"),
+            (RowKind::QuotaUse, handheld),
+            (RowKind::Invitation, handheld),
+            (RowKind::WorkOrder, "WO-1"),
+        ] {
+            assert_eq!(detail(kind, id.as_bytes()), format!("{} {id}: old", kind.name()));
+        }
+        assert_eq!(detail(RowKind::Group, &[0, 0x4B]), "group 004B: old");
+    }
+}
