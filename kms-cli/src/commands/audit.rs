@@ -263,6 +263,9 @@ fn summary(record: &proto::AuditRecord) -> (&'static str, String) {
                 plural(event.days.into(), "day")
             ),
         ),
+        Event::ExposureIndexCompleted(event) => {
+            ("exposures indexed", format!("for the first time: {} written", plural(event.rows_written, "row")))
+        }
         Event::CounterRaised(event) => (
             "counter raised",
             format!(

@@ -72,7 +72,7 @@ async fn show(arguments: ShowExposure, context: &Context) -> Result<(), Failure>
         (false, 0) => Ok(()),
         (true, _) => {
             Err(Failure::partly("the server has not indexed all rows of an earlier version yet: owners can be missing")
-                .with_hint("ask again when its log says that the index of exposures was made"))
+                .with_hint("ask again when its log says `the index of exposures is complete`"))
         }
         (false, count) => Err(Failure::partly(format!("{count} sealed rows do not verify, and are not in the answer"))
             .with_hint("run `kms audit scrub`")),

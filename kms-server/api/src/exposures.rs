@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use kms_domain::{DeviceTypeId, FlagId, GroupId, Owner, Party, PrincipalId, SystemTitle, UnixMillis, check_batch};
+use kms_domain::{
+    DeviceTypeId, FlagId, GroupId, Owner, OwnerKind, Party, PrincipalId, SystemTitle, UnixMillis, check_batch,
+};
 use kms_proto::v1::{
     self, exposure_service_server::ExposureService as Rpc, list_exposures_request::Subject as AskedSubject,
 };
@@ -36,7 +38,9 @@ impl Rpc for ExposureApi {
     ) -> Result<Response<v1::ListExposuresResponse>, Status> {
         let caller = caller_of(&request, self.island.name(), IslandContext::now())?;
         let query = parse_query(request.into_inner())?;
-        Ok(Response::new(self.service.list(&caller, query).await?))
+        let (mut answer, next) = self.service.list(&caller, query).await?;
+        answer.next_page_token = next.map(token_of).unwrap_or_default();
+        Ok(Response::new(answer))
     }
 }
 
@@ -84,16 +88,28 @@ fn parse_subject(subject: Option<AskedSubject>) -> Result<ExposureSubject, Servi
     })
 }
 
-/// The owner after which a page begins: its kind and its id.
+/// The token of the page behind an owner: its kind and its id.
+fn token_of(owner: ExposureOwner) -> bytes::Bytes {
+    match owner {
+        ExposureOwner::Owner(owner) => [&[owner.kind().number()], owner.id().as_slice()].concat().into(),
+        // Pages end with owners only.
+        ExposureOwner::KeyValue(_) => bytes::Bytes::new(),
+    }
+}
+
+/// The owner of a [`token_of`].
 fn parse_token(token: &[u8]) -> Result<ExposureOwner, ServiceError> {
     let wrong = || ServiceError::invalid("page_token", "it is not from an answer of this method");
     let (kind, id) = token.split_first().ok_or_else(wrong)?;
     let id: [u8; 8] = id.try_into().map_err(|_| wrong())?;
     let number = u64::from_be_bytes(id);
-    Ok(ExposureOwner::Owner(match kind {
-        0 => Owner::Meter(SystemTitle::from_octets(&id).map_err(|_| wrong())?),
-        1 => Owner::Group(GroupId(number)),
-        2 => Owner::DeviceType(DeviceTypeId(number)),
+    const METER: u8 = OwnerKind::Meter.number();
+    const GROUP: u8 = OwnerKind::Group.number();
+    const DEVICE_TYPE: u8 = OwnerKind::DeviceType.number();
+    Ok(ExposureOwner::Owner(match *kind {
+        METER => Owner::Meter(SystemTitle::from_octets(&id).map_err(|_| wrong())?),
+        GROUP => Owner::Group(GroupId(number)),
+        DEVICE_TYPE => Owner::DeviceType(DeviceTypeId(number)),
         _ => return Err(wrong()),
     }))
 }
@@ -110,6 +126,16 @@ mod tests {
             ServiceError::InvalidArgument { field, .. } => field,
             other => panic!("{other}"),
         }
+    }
+
+    #[test]
+    fn a_page_token_comes_back_as_the_owner_that_it_was_made_of() {
+        let meter = SystemTitle::from_octets(b"KAM\x00\x00\x00\x00\x01").unwrap();
+        let owners = [Owner::Meter(meter), Owner::Group(GroupId(258)), Owner::DeviceType(DeviceTypeId(u64::MAX))];
+        for owner in owners.map(ExposureOwner::Owner) {
+            assert_eq!(parse_token(&token_of(owner)).unwrap(), owner);
+        }
+        assert_eq!(token_of(ExposureOwner::Owner(owners[1])).as_ref(), [1, 0, 0, 0, 0, 0, 0, 1, 2]);
     }
 
     #[test]

@@ -27,6 +27,9 @@ pub struct Island {
     /// How many principals were added after the ceremony. If this number has not changed since an
     /// act read all principals, the act knows all of them.
     pub principals_added: u64,
+    /// The index of exposures has repeated all sealed rows once. What it lacks from then on, somebody
+    /// has taken from it.
+    pub exposures_indexed: bool,
     /// When the ceremony made it.
     pub created: UnixMillis,
 }
@@ -281,6 +284,7 @@ mod tests {
             history: DatabaseHistory::default(),
             ledger: RootLedger::default(),
             principals_added: 0,
+            exposures_indexed: true,
             created: NOW,
         }
     }

@@ -326,6 +326,7 @@ fn groups_device_types_principals_and_the_island_come_back() {
         },
         ledger: RootLedger::default(),
         principals_added: 3,
+        exposures_indexed: true,
         created: NOW,
     };
     assert_eq!(Island::from_row(island.name.clone(), island.to_row().into()).unwrap(), island);

@@ -91,6 +91,12 @@ impl Committer {
         self.enqueue(actor, reads, move |view| decide(view).map(|answer| view.ended_in_test(answer))).await
     }
 
+    /// Of how many rows this server remembers the generation (I5).
+    #[doc(hidden)]
+    pub fn rows_seen_in_test(&self) -> usize {
+        self.shared.seen.count()
+    }
+
     /// As [`Self::act`], for any actor. The acts of callers come through [`super::Door::act`].
     pub(super) async fn enqueue<T, F>(
         &self,

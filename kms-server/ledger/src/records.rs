@@ -74,6 +74,7 @@ pub const fn event_kind(event: &Event) -> u16 {
         Event::WorkOrderChanged(_) => 76,
         Event::WorkOrderEnded(_) => 77,
         Event::PlacesRemoved(_) => 78,
+        Event::ExposureIndexCompleted(_) => 90,
         Event::ClockJumped(_) => CLOCK_JUMPED,
         Event::HandheldInvited(_) => 70,
         Event::InvitationWithdrawn(_) => 71,

@@ -114,6 +114,24 @@ pub(super) fn open_row(
     seen: &Seen,
     island: &IslandName,
 ) -> Result<Opened, String> {
+    let opened = look_at_row(id, row, seal, seen, island)?;
+    if let Some(generation) = opened.generation {
+        seen.note(id, generation.number());
+    }
+    Ok(opened)
+}
+
+/// As [`open_row`], for a walk over all rows: what this server has seen does not grow by it.
+///
+/// # Errors
+/// As there.
+pub(super) fn look_at_row(
+    id: &RowId,
+    row: Option<&SealedRow>,
+    seal: &SealKeys,
+    seen: &Seen,
+    island: &IslandName,
+) -> Result<Opened, String> {
     let known = seen.generation(id);
     let Some(row) = row else {
         // I5: a row that this server has seen does not vanish.
@@ -132,9 +150,6 @@ pub(super) fn open_row(
         return Err(format!("the row of {id} is older than this server has seen"));
     }
     let value = decode(id, island, bytes::Bytes::copy_from_slice(&row.body))?;
-    if known != Some(generation.number()) {
-        seen.note(id, generation.number());
-    }
     Ok(Opened {
         generation: Some(generation),
         original: Some(value.clone()),

@@ -20,6 +20,12 @@ impl Seen {
         }
     }
 
+    /// How many rows are remembered.
+    pub(super) fn count(&self) -> usize {
+        let (meters, others) = (self.meters.read(), self.others.read());
+        meters.map_or(0, |meters| meters.len()) + others.map_or(0, |others| others.len())
+    }
+
     pub(super) fn note(&self, id: &RowId, generation: u64) {
         if self.generation(id).is_some_and(|known| known >= generation) {
             return;

@@ -306,6 +306,8 @@ impl CeremonyPlan {
             history: DatabaseHistory::default(),
             ledger: kms_domain::RootLedger::default(),
             principals_added: 0,
+            // Without rows the index lacks none.
+            exposures_indexed: true,
             created: IslandContext::now(),
         }
     }

@@ -164,15 +164,27 @@ impl IslandContext {
     /// Its row was tampered with, or the database is unavailable.
     #[boxed]
     pub async fn group(&self, id: GroupId) -> Result<Option<(Arc<Group>, u64)>, ServiceError> {
-        let name = id.0.to_be_bytes();
-        let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
-        if let Ok(group) = self.committer.open_group(id, &row) {
-            return Ok(Some((group, row.generation)));
+        self.open_twice(RowKind::Group, &id.0.to_be_bytes(), |row| self.committer.open_group(id, row)).await
+    }
+
+    /// Reads and opens a sealed row, and returns its generation too. Another server may have
+    /// written the row after it was read here, and this one may know that already. So it is read
+    /// once more: only a row that fails twice was tampered with (I5).
+    ///
+    /// # Errors
+    /// The row was tampered with, or the database is unavailable.
+    pub(crate) async fn open_twice<T>(
+        &self,
+        kind: RowKind,
+        id: &[u8],
+        mut open: impl FnMut(&SealedRow) -> Result<T, ServiceError> + Send,
+    ) -> Result<Option<(T, u64)>, ServiceError> {
+        let Some(row) = self.store.sealed(kind, id).await? else { return Ok(None) };
+        if let Ok(content) = open(&row) {
+            return Ok(Some((content, row.generation)));
         }
-        // Another server may have written the row after it was read here. So it is read once more:
-        // only a row that fails twice was tampered with.
-        let Some(row) = self.store.sealed(RowKind::Group, &name).await? else { return Ok(None) };
-        Ok(Some((self.committer.open_group(id, &row)?, row.generation)))
+        let Some(row) = self.store.sealed(kind, id).await? else { return Ok(None) };
+        Ok(Some((open(&row)?, row.generation)))
     }
 
     /// Every known client system title: those of principals, enabled or not, and those that device

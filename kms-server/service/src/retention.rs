@@ -22,7 +22,7 @@ use kms_store::{AuditFilter, MeterFilter, Reads, RowKind};
 use prost::Message as _;
 
 use crate::equal_keys::{expose_groups_under_equal_keks, share_exposures};
-use crate::exposure::index::complete_index;
+use crate::exposure::upkeep::{Pauses, keep_index};
 use crate::island::IslandContext;
 use crate::work_order::places::remove_places;
 use kms_base::error::ServiceError;
@@ -72,54 +72,43 @@ impl RetentionPass {
                     tracing::error!(%error, "exposures of keys that several meters have could not be added to all rows of counter domains; the next start tries again")
                 }
             }
-            // Rows of an earlier version are not in the index yet, and answers say so until then.
-            if !self.island.store.exposures_are_complete().await.unwrap_or(true) {
-                self.complete_index().await;
-            }
-            tokio::time::sleep(FIRST).await;
-            loop {
-                match self.run(self.time().await).await {
-                    Ok(RetentionReport { clock_in_doubt: true, .. }) => {
-                        tracing::warn!(
-                            "a clock was set ahead within the last week: no key is destroyed until a week has passed since, or the clock is set right"
-                        );
-                    }
-                    Ok(report) => {
-                        tracing::info!(
-                            rows_read = report.rows_read,
-                            rows_changed = report.rows_changed,
-                            released = report.released,
-                            destroyed = report.destroyed,
-                            "key versions whose retention time has passed were destroyed"
-                        );
-                    }
-                    Err(error) => {
-                        tracing::error!(%error, "old key versions could not all be destroyed; the next run is in a day")
-                    }
-                }
-                match self.remove_places(self.time().await).await {
-                    Ok(0) => {}
-                    Ok(places) => {
-                        tracing::info!(places, "places of work orders that have been over for long were removed")
-                    }
-                    Err(error) => {
-                        tracing::error!(%error, "places of work orders could not all be removed; the next run is in a day")
-                    }
-                }
-                self.complete_index().await;
-                tokio::time::sleep(PERIOD).await;
-            }
+            let pauses = Pauses { first: FIRST, period: PERIOD, retry: Duration::from_mins(1) };
+            tokio::join!(self.run_daily(), keep_index(self.island.clone(), pauses));
         })
     }
 
-    /// Compares the index of exposures with the sealed rows, and makes it anew where it differs.
-    async fn complete_index(&self) {
-        match complete_index(&self.island).await {
-            Ok(0) => {}
-            Ok(rows) => tracing::warn!(rows, "the index of exposures was made anew where it differed from sealed rows"),
-            Err(error) => {
-                tracing::error!(%error, "the index of exposures could not be compared with all sealed rows; the next run is in a day")
+    async fn run_daily(&self) {
+        tokio::time::sleep(FIRST).await;
+        loop {
+            match self.run(self.time().await).await {
+                Ok(RetentionReport { clock_in_doubt: true, .. }) => {
+                    tracing::warn!(
+                        "a clock was set ahead within the last week: no key is destroyed until a week has passed since, or the clock is set right"
+                    );
+                }
+                Ok(report) => {
+                    tracing::info!(
+                        rows_read = report.rows_read,
+                        rows_changed = report.rows_changed,
+                        released = report.released,
+                        destroyed = report.destroyed,
+                        "key versions whose retention time has passed were destroyed"
+                    );
+                }
+                Err(error) => {
+                    tracing::error!(%error, "old key versions could not all be destroyed; the next run is in a day")
+                }
             }
+            match self.remove_places(self.time().await).await {
+                Ok(0) => {}
+                Ok(places) => {
+                    tracing::info!(places, "places of work orders that have been over for long were removed")
+                }
+                Err(error) => {
+                    tracing::error!(%error, "places of work orders could not all be removed; the next run is in a day")
+                }
+            }
+            tokio::time::sleep(PERIOD).await;
         }
     }
 

@@ -257,6 +257,7 @@ impl TestIsland {
             history: kms_domain::DatabaseHistory::default(),
             ledger: kms_domain::RootLedger::default(),
             principals_added: 0,
+            exposures_indexed: true,
             created: IslandContext::now(),
         };
         let island = Arc::new(open(row, hsm, store, "one", CommitterSettings::SILENCE).await);

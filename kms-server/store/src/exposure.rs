@@ -4,7 +4,7 @@
 use kms_domain::{CounterDomainId, DeviceTypeId, GroupId, IndexedParty, Owner, PrincipalId, SystemTitle, UnixMillis};
 
 /// A row of the index: what one sealed row says of one party.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ExposureRow {
     /// The party.
     pub party: ExposureParty,

@@ -37,6 +37,9 @@ pub struct Reads {
     /// ended. Only one transaction at a time reads the number of a principal, so it alone adds an
     /// order.
     pub work_orders_of: Vec<PrincipalId>,
+    /// Rows that the index of exposures should have. Only a transaction that has read their sealed
+    /// rows knows that nobody changes them.
+    pub exposures: Vec<ExposureRow>,
     /// The last audit records of these writers.
     pub audit_tails: Vec<WriterId>,
     /// The database's clock.
@@ -60,6 +63,7 @@ impl Reads {
         self.shipments.extend_from_slice(&more.shipments);
         self.tasks.extend_from_slice(&more.tasks);
         self.work_orders_of.extend_from_slice(&more.work_orders_of);
+        self.exposures.extend_from_slice(&more.exposures);
         self.audit_tails.extend_from_slice(&more.audit_tails);
         self.clock |= more.clock;
         self.spool |= more.spool;
@@ -76,6 +80,7 @@ impl Reads {
         tidy(&mut self.shipments, |upload| known.shipments.contains_key(upload));
         tidy(&mut self.tasks, |key| known.tasks.contains_key(key));
         tidy(&mut self.work_orders_of, |maker| known.work_orders_of.contains_key(maker));
+        tidy(&mut self.exposures, |row| known.exposures.contains_key(row));
         self.clock &= known.clock.is_none();
         self.spool &= known.spool.is_none();
         tidy(&mut self.audit_tails, |writer| known.audit_tails.contains_key(writer));
@@ -159,6 +164,7 @@ pub struct ReadSet {
     pub(crate) shipments: HashMap<UploadId, Option<ShipmentRow>>,
     pub(crate) tasks: HashMap<TaskKey, Option<TaskRow>>,
     pub(crate) work_orders_of: HashMap<PrincipalId, WorkOrderCount>,
+    pub(crate) exposures: HashMap<ExposureRow, bool>,
     pub(crate) audit_tails: HashMap<WriterId, Option<AuditTail>>,
     pub(crate) clock: Option<UnixMillis>,
     pub(crate) spool: Option<Vec<SpooledFile>>,
@@ -216,6 +222,11 @@ impl ReadSet {
     /// How many work orders of a principal count. `None`: it was not read.
     pub fn work_orders_of(&self, maker: &PrincipalId) -> Option<WorkOrderCount> {
         self.work_orders_of.get(maker).copied()
+    }
+
+    /// Whether the index of exposures has exactly this row. `None`: it was not read.
+    pub fn has_exposure(&self, row: &ExposureRow) -> Option<bool> {
+        self.exposures.get(row).copied()
     }
 
     /// The database's clock when the rows were read. `None`: it was not read.

@@ -440,6 +440,9 @@ pub(super) struct IslandRow {
     pub(super) oldest_vendor_transport_version: u32,
     #[prost(uint64, tag = "13")]
     pub(super) principals_added: u64,
+    /// Whether the index of exposures was complete once; rows of earlier versions do not say so.
+    #[prost(bool, tag = "16")]
+    pub(super) exposures_indexed: bool,
     #[prost(int64, tag = "15")]
     pub(super) created: i64,
 }

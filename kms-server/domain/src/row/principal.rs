@@ -174,6 +174,7 @@ impl Island {
             history,
             ledger,
             principals_added,
+            exposures_indexed: row.exposures_indexed,
             created,
         })
     }
@@ -209,6 +210,7 @@ impl Island {
             vendor_transport_version: unless_first(self.ledger.vendor_transport_version),
             oldest_vendor_transport_version: unless_first(self.ledger.oldest_vendor_transport_version),
             principals_added: self.principals_added,
+            exposures_indexed: self.exposures_indexed,
             created: self.created.0,
         }
         .encode_to_vec()

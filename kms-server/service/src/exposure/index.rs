@@ -1,16 +1,16 @@
 //! The index of exposures, compared with the sealed rows in both directions. The scrubber reports
-//! differences; the daily retention pass makes the index anew where it differs, and so does the
-//! first start after an upgrade for rows that were written before there was an index.
+//! differences, and [`super::upkeep`] mends them.
+//!
+//! Servers write while the walk reads, and it locks nothing. What it names is different all the
+//! same: the index was read between two readings of a sealed row that found the same generation.
 
-use std::{collections::HashSet, sync::Arc};
+use std::collections::{HashMap, HashSet};
 
 use kms_domain::{Owner, RowId, SystemTitle};
-use kms_proto::v1::{SecurityEvent, audit_record::Event};
-use kms_store::{ExposureCursor, ExposureOwner, ExposureRow, MeterFilter, Reads, RowKind, SealedRow};
+use kms_store::{ExposureCursor, ExposureOwner, ExposureRow, MeterFilter, RowKind, SealedRow};
 
 use crate::{island::IslandContext, row_id::row_id};
 use kms_base::error::ServiceError;
-use kms_ledger::{Decision, ServerAct};
 
 /// What differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub(crate) enum Difference {
     /// A sealed row says this, and the index does not, or says something else.
     Missing(RowId, ExposureRow),
     /// The index has a row that no sealed row supports. The ids are those of the sealed rows that
-    /// it could repeat.
+    /// it could repeat, whether they exist or not.
     Stray(Vec<RowId>, ExposureCursor, Option<ExposureRow>),
 }
 
@@ -56,7 +56,7 @@ impl<'a> IndexWalk<'a> {
                     None => Stage::Sealed(0, None),
                 };
                 let rows: Vec<_> = page.into_iter().map(|row| (RowId::Meter(row.title), row.row)).collect();
-                self.missing(&rows).await.map(Some)
+                self.missing(rows, None).await.map(Some)
             }
             Stage::Sealed(at, after) => {
                 let at = *at;
@@ -64,14 +64,13 @@ impl<'a> IndexWalk<'a> {
                     self.stage = Stage::Index(None);
                     return Ok(Some(Vec::new()));
                 };
+                let after = after.clone();
                 let page = store.sealed_page(kind, after.as_deref(), PAGE).await?;
                 self.stage = match page.last() {
                     Some((last, _)) => Stage::Sealed(at, Some(last.clone())),
                     None => Stage::Sealed(at + 1, None),
                 };
-                let id = |octets: &[u8]| row_id(kind.number(), octets, self.island.name());
-                let rows: Vec<_> = page.into_iter().filter_map(|(octets, row)| Some((id(&octets)?, row))).collect();
-                self.missing(&rows).await.map(Some)
+                self.missing(self.named(kind, page), Some((kind, after))).await.map(Some)
             }
             Stage::Index(after) => {
                 let page = store.exposure_page(*after, PAGE).await?;
@@ -85,21 +84,62 @@ impl<'a> IndexWalk<'a> {
         }
     }
 
-    /// What these sealed rows say and the index does not. A row that does not verify is a finding
-    /// of its own.
-    async fn missing(&self, rows: &[(RowId, SealedRow)]) -> Result<Vec<Difference>, ServiceError> {
-        let suspects = self.unsupported(rows).await?;
-        if suspects.is_empty() {
-            return Ok(Vec::new());
+    /// What these sealed rows say and the index does not. `page` says how they were read; `None`:
+    /// they are meters'. A row that does not verify is a finding of its own.
+    async fn missing(
+        &self,
+        mut rows: Vec<(RowId, SealedRow)>,
+        page: Option<(RowKind, Option<Vec<u8>>)>,
+    ) -> Result<Vec<Difference>, ServiceError> {
+        let mut differences = Vec::new();
+        for _ in 0..ROUNDS {
+            let suspects = self.unsupported(&rows).await?;
+            let ids: HashSet<RowId> = suspects.iter().map(|(id, _)| id.clone()).collect();
+            if ids.is_empty() {
+                break;
+            }
+            let before: HashMap<RowId, u64> = rows.into_iter().map(|(id, row)| (id, row.generation)).collect();
+            let again = self.again(&ids, page.as_ref()).await?;
+            let (same, changed): (Vec<_>, Vec<_>) =
+                again.into_iter().partition(|(id, row)| before.get(id) == Some(&row.generation));
+            let same: HashSet<RowId> = same.into_iter().map(|(id, _)| id).collect();
+            let certain = suspects.into_iter().filter(|(id, _)| same.contains(id));
+            differences.extend(certain.map(|(id, row)| Difference::Missing(id, row)));
+            // The others were written meanwhile, with their part of the index. What is written all
+            // the time is left to the next walk.
+            rows = changed;
         }
-        // A server may have written a row and its part of the index between the two reads.
-        let mut again = Vec::with_capacity(suspects.len());
-        let ids: HashSet<RowId> = suspects.into_iter().map(|(id, _)| id).collect();
-        for id in ids {
-            again.extend(self.row(&id).await?.map(|row| (id, row)));
+        Ok(differences)
+    }
+
+    /// Reads these rows of a page once more.
+    async fn again(
+        &self,
+        ids: &HashSet<RowId>,
+        page: Option<&(RowKind, Option<Vec<u8>>)>,
+    ) -> Result<Vec<(RowId, SealedRow)>, ServiceError> {
+        let Some((kind, after)) = page else {
+            let titles: Vec<SystemTitle> =
+                ids.iter().filter_map(|id| if let RowId::Meter(title) = id { Some(*title) } else { None }).collect();
+            let rows = self.island.store.meters(&titles).await?;
+            return Ok(rows.into_iter().map(|row| (RowId::Meter(row.title), row.row)).collect());
+        };
+        let (mut found, mut after) = (Vec::new(), after.clone());
+        // New rows can have moved the last ones of the page to the next.
+        for _ in 0..2 {
+            let page = self.island.store.sealed_page(*kind, after.as_deref(), PAGE).await?;
+            after = page.last().map(|(last, _)| last.clone());
+            found.extend(self.named(*kind, page).into_iter().filter(|(id, _)| ids.contains(id)));
+            if after.is_none() || found.len() == ids.len() {
+                break;
+            }
         }
-        let differences = self.unsupported(&again).await?;
-        Ok(differences.into_iter().map(|(id, row)| Difference::Missing(id, row)).collect())
+        Ok(found)
+    }
+
+    fn named(&self, kind: RowKind, page: Vec<(Vec<u8>, SealedRow)>) -> Vec<(RowId, SealedRow)> {
+        let id = |octets: &[u8]| row_id(kind.number(), octets, self.island.name());
+        page.into_iter().filter_map(|(octets, row)| Some((id(&octets)?, row))).collect()
     }
 
     async fn unsupported(&self, rows: &[(RowId, SealedRow)]) -> Result<Vec<(RowId, ExposureRow)>, ServiceError> {
@@ -122,14 +162,20 @@ impl<'a> IndexWalk<'a> {
         let titles: Vec<SystemTitle> = owners.iter().filter_map(title_of).collect();
         let mut said: HashSet<(kms_store::ExposureParty, ExposureOwner)> = HashSet::new();
         let mut refused: HashSet<ExposureOwner> = HashSet::new();
+        let mut candidates: HashMap<ExposureOwner, Vec<RowId>> = titles
+            .iter()
+            .map(|title| (ExposureOwner::Owner(Owner::Meter(*title)), vec![RowId::Meter(*title)]))
+            .collect();
         let mut rows: Vec<(ExposureOwner, RowId, SealedRow)> = Vec::new();
         for row in self.island.store.meters(&titles).await? {
             rows.push((ExposureOwner::Owner(Owner::Meter(row.title)), RowId::Meter(row.title), row.row));
         }
         for owner in owners.iter().filter(|owner| title_of(owner).is_none()) {
-            for id in self.candidates(*owner).await? {
-                rows.extend(self.row(&id).await?.map(|row| (*owner, id, row)));
+            let ids = self.candidates(*owner).await?;
+            for id in &ids {
+                rows.extend(self.row(id).await?.map(|row| (*owner, id.clone(), row)));
             }
+            candidates.insert(*owner, ids);
         }
         for (owner, id, row) in &rows {
             match self.island.committer.exposure_rows(id, row) {
@@ -143,9 +189,7 @@ impl<'a> IndexWalk<'a> {
                 .as_ref()
                 .is_some_and(|row| refused.contains(&row.owner) || said.contains(&(row.party.clone(), row.owner)));
             if !supported {
-                let owner = row.as_ref().map(|row| row.owner);
-                let ids: Vec<RowId> =
-                    rows.iter().filter(|(of, ..)| Some(*of) == owner).map(|(_, id, _)| id.clone()).collect();
+                let ids = row.as_ref().and_then(|row| candidates.get(&row.owner)).cloned().unwrap_or_default();
                 strays.push(Difference::Stray(ids, place, row));
             }
         }
@@ -166,53 +210,11 @@ impl<'a> IndexWalk<'a> {
         Ok(same.filter_map(|id| row_id(RowKind::CounterDomain.number(), &id, self.island.name())).collect())
     }
 
+    /// A row that is no meter's.
     async fn row(&self, id: &RowId) -> Result<Option<SealedRow>, ServiceError> {
-        if let RowId::Meter(title) = id {
-            return Ok(self.island.store.meters(&[*title]).await?.into_iter().next().map(|row| row.row));
-        }
         let (kind, octets) = kms_ledger::sealed_name(id);
         Ok(self.island.store.sealed(kind, &octets).await?)
     }
-}
-
-/// Makes the index anew where it differs from the sealed rows. Returns how many rows differed. If
-/// the index was complete before, that is a security event: somebody else has changed it, or a
-/// server of an earlier version has written rows.
-///
-/// # Errors
-/// The database is unavailable. What was written before stays.
-pub(crate) async fn complete_index(island: &Arc<IslandContext>) -> Result<u64, ServiceError> {
-    let was_complete = island.store.exposures_are_complete().await?;
-    let (mut walk, mut differed) = (IndexWalk::new(island), 0_u64);
-    while let Some(differences) = walk.step().await? {
-        differed += differences.len() as u64;
-        let (mut owners, mut strays) = (HashSet::new(), Vec::new());
-        for difference in differences {
-            match difference {
-                Difference::Missing(id, _) => drop(owners.insert(id)),
-                Difference::Stray(ids, place, row) => {
-                    owners.extend(ids);
-                    strays.push((place, row));
-                }
-            }
-        }
-        if !owners.is_empty() || !strays.is_empty() {
-            let owners: Vec<RowId> = owners.into_iter().collect();
-            island.committer.index_exposures(&owners, &strays).await?;
-        }
-    }
-    island.store.note_exposures_complete().await?;
-    if was_complete && differed > 0 {
-        let detail = format!(
-            "{differed} rows of the index of exposures were not what the sealed rows say; they were written again"
-        );
-        let event = SecurityEvent { kind: "exposure-index-differed".to_owned(), detail, meter: Default::default() };
-        let act = island.committer.act(ServerAct::INDEX_EXPOSURES, Reads::default(), move |view| {
-            Ok(Decision::of(Some(view.append(Event::SecurityEvent(event.clone()))), ()))
-        });
-        act.await?;
-    }
-    Ok(differed)
 }
 
 /// All differences.
@@ -236,5 +238,7 @@ const fn title_of(owner: &ExposureOwner) -> Option<SystemTitle> {
 const KINDS: [RowKind; 3] = [RowKind::Group, RowKind::DeviceType, RowKind::CounterDomain];
 /// Rows of one page.
 const PAGE: u32 = 1_000;
+/// How often a row is compared that others write at the same time.
+const ROUNDS: u32 = 4;
 /// Counter domains with the same 8 octets: more than one is a coincidence.
 const SAME_PREFIX: u32 = 16;

@@ -9,7 +9,7 @@ use kms_domain::{
     CounterDomainId, DeviceType, Exposure, Group, KeyType, KeyVersion, KeyVersionId, KnownBy, KnownKey, Meter, Owner,
     Party, SharedExposures, Slot, Slots, SystemTitle,
 };
-use kms_store::{MeterRow, RowKind};
+use kms_store::{MeterRow, RowKind, SealedRow};
 
 use super::query::ExposedKey;
 use crate::island::IslandContext;
@@ -79,10 +79,9 @@ impl<'a> OwnerRows<'a> {
                     self.island.group(*id).await.map(|group| group.map(|(group, _)| OwnerContent::Group(group)))
                 }
                 Owner::DeviceType(id) => {
-                    let row = self.island.store.sealed(RowKind::DeviceType, &id.0.to_be_bytes()).await?;
-                    row.map(|row| self.island.committer.open_device_type(*id, &row))
-                        .transpose()
-                        .map(|device_type| device_type.map(OwnerContent::DeviceType))
+                    let open = |row: &SealedRow| self.island.committer.open_device_type(*id, row);
+                    let read = self.island.open_twice(RowKind::DeviceType, &id.0.to_be_bytes(), open).await;
+                    read.map(|read| read.map(|(device_type, _)| OwnerContent::DeviceType(device_type)))
                 }
             };
             match read {
@@ -96,8 +95,7 @@ impl<'a> OwnerRows<'a> {
     /// Opens meters' rows that were read.
     pub(super) async fn open_meters(&mut self, rows: Vec<MeterRow>) -> Result<(), ServiceError> {
         for row in rows {
-            // A row that was written between reading and opening verifies the second time. One that
-            // was tampered with does not (I5).
+            // Once more, as [`IslandContext::open_twice`] does it.
             let opened = match self.island.committer.open_meter(row.title, &row.row) {
                 Ok(meter) => Ok(Some(meter)),
                 Err(_) => self.island.meter(row.title).await,
@@ -220,14 +218,9 @@ impl<'a> OwnerRows<'a> {
 
     /// Who knows a key value.
     async fn of_value(&self, id: CounterDomainId) -> Result<Vec<Exposure>, ServiceError> {
-        let read = async || self.island.store.sealed(RowKind::CounterDomain, &id.0).await;
-        let Some(row) = read().await? else { return Ok(Vec::new()) };
-        if let Ok(domain) = self.island.committer.open_domain(id, &row) {
-            return Ok(domain.exposures.clone());
-        }
-        // A row that was written between reading and opening verifies the second time.
-        let Some(row) = read().await? else { return Ok(Vec::new()) };
-        Ok(self.island.committer.open_domain(id, &row)?.exposures.clone())
+        let open = |row: &SealedRow| self.island.committer.open_domain(id, row);
+        let read = self.island.open_twice(RowKind::CounterDomain, &id.0, open).await?;
+        Ok(read.map(|(domain, _)| domain.exposures.clone()).unwrap_or_default())
     }
 
     /// Notes an owner whose row does not verify.

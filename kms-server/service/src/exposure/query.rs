@@ -56,6 +56,7 @@ pub struct ExposurePage {
 }
 
 /// A slot of which a party could know the key that is in use: what a containment has to rotate.
+/// Nothing contains exposures yet: only tests ask for these slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OpenSlot {
     /// Whose slot.

@@ -7,7 +7,10 @@ use kms_proto::v1::ScrubFinding;
 use kms_store::{ExposureOwner, ExposureParty, ExposureRow, RowKind};
 
 use super::finding::{METER, Name, finding};
-use crate::exposure::index::{Difference, IndexWalk};
+use crate::exposure::{
+    index::{Difference, IndexWalk},
+    upkeep::Standing,
+};
 use crate::island::IslandContext;
 use kms_base::error::ServiceError;
 
@@ -18,18 +21,33 @@ pub(super) struct Exposures<'a> {
 }
 
 impl<'a> Exposures<'a> {
-    /// Begins a walk. While the index is being completed after an upgrade, it lacks rows, and only
-    /// what it has is compared.
+    /// Begins a walk. While the index is being completed for the first time after an upgrade, it
+    /// lacks rows: that is one finding, and only what it has is compared. Once the island's sealed
+    /// row says that the index was complete (I5), all is compared.
     ///
     /// # Errors
-    /// The database is unavailable.
+    /// The database is unavailable, or the island's row does not verify.
     pub(super) async fn new(island: &'a IslandContext) -> Result<Self, ServiceError> {
-        let walk = if island.store.exposures_are_complete().await? {
-            IndexWalk::new(island)
-        } else {
-            IndexWalk::over_the_index(island)
+        let standing = Standing::read(island).await?;
+        let incomplete = |detail: &str| {
+            let island_row = (RowKind::Island.number(), island.name().as_str().as_bytes().into());
+            finding(&island_row, "exposure-index-incomplete", detail.to_owned())
         };
-        Ok(Self { walk, findings: Vec::new() })
+        Ok(match standing {
+            Standing { marked: true, .. } => Self { walk: IndexWalk::new(island), findings: Vec::new() },
+            Standing { marked: false, sealed: true } => Self {
+                walk: IndexWalk::new(island),
+                findings: vec![incomplete(
+                    "the database says that the index of exposures is not complete, and it was: somebody changed that mark",
+                )],
+            },
+            Standing { marked: false, sealed: false } => Self {
+                walk: IndexWalk::over_the_index(island),
+                findings: vec![incomplete(
+                    "after an upgrade, the index of exposures does not repeat all sealed rows yet",
+                )],
+            },
+        })
     }
 
     /// Checks one more page; false after the last page, and when the number of findings has reached

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use kms_domain::{PrincipalId, UnixMillis};
-use sqlx::{Pool, QueryBuilder, Row as _};
+use sqlx::{Executor, Pool, QueryBuilder, Row as _};
 
 use super::{
     Connection, Database, Engine, decode,
@@ -11,7 +11,8 @@ use super::{
     swap::{Stopped, Table, count},
 };
 use crate::{
-    Changes, ExposureCursor, ExposureOwner, ExposureParty, ExposureRow, ExposureTotals, KeyValuePrefix, StoreError,
+    Changes, ExposureCursor, ExposureOwner, ExposureParty, ExposureRow, ExposureTotals, KeyValuePrefix, ReadSet,
+    StoreError,
     batch::RowBatch,
     exposure::{ANYONE, KEY_VALUE, KEY_VALUE_OWNER, PRINCIPAL},
 };
@@ -167,12 +168,30 @@ pub(super) async fn missing(readers: &Readers, expected: &[ExposureRow]) -> Resu
     if expected.is_empty() {
         return Ok(Vec::new());
     }
+    missing_on(&mut *readers.acquire().await?, expected).await
+}
+
+/// Reads into the set which of these rows the index has.
+pub(super) async fn into_set(
+    connection: &mut Connection,
+    expected: &[ExposureRow],
+    set: &mut ReadSet,
+) -> Result<(), StoreError> {
+    if !expected.is_empty() {
+        let missing = missing_on(connection, expected).await?;
+        set.exposures.extend(expected.iter().map(|row| (row.clone(), true)));
+        set.exposures.extend(missing.into_iter().map(|row| (row, false)));
+    }
+    Ok(())
+}
+
+async fn missing_on(connection: &mut Connection, expected: &[ExposureRow]) -> Result<Vec<ExposureRow>, StoreError> {
     let mut terms: HashMap<&PrincipalId, Option<(i64, i64)>> = HashMap::new();
     for row in expected {
         if let ExposureParty::Principal(principal) = &row.party
             && !terms.contains_key(principal)
         {
-            terms.insert(principal, number_of(readers, &row.party).await?);
+            terms.insert(principal, number_of(&mut *connection, &row.party).await?);
         }
     }
     let batch = RowBatch::of(expected.iter().enumerate(), |to, (index, row)| {
@@ -186,7 +205,7 @@ pub(super) async fn missing(readers: &Readers, expected: &[ExposureRow]) -> Resu
         to.unsigned(index as u64).int(kind).int(party).int(owner_kind).int(owner);
         to.int(i64::from(row.slots)).int(i64::from(row.open)).int(row.newest.0);
     });
-    let rows = sqlx::query::<Database>(PRESENT).bind(batch.into_parameters().0).fetch_all(readers).await?;
+    let rows = sqlx::query::<Database>(PRESENT).bind(batch.into_parameters().0).fetch_all(connection).await?;
     let present: HashSet<u64> = rows.iter().map(|row| decode::unsigned(row, 0)).collect::<Result<_, _>>()?;
     let absent = expected.iter().zip(0..).filter(|(_, index)| !present.contains(index));
     Ok(absent.map(|(row, _)| row.clone()).collect())
@@ -263,7 +282,10 @@ pub(super) async fn note_complete(engine: &Engine) -> Result<(), StoreError> {
 }
 
 /// Kind and number of a party; `None`: no row can name it.
-async fn number_of(readers: &Readers, party: &ExposureParty) -> Result<Option<(i64, i64)>, StoreError> {
+async fn number_of(
+    database: impl Executor<'_, Database = Database>,
+    party: &ExposureParty,
+) -> Result<Option<(i64, i64)>, StoreError> {
     Ok(match party {
         ExposureParty::Anyone => Some((ANYONE, 0)),
         ExposureParty::KeyValue(prefix) => Some((KEY_VALUE, i64::from_be_bytes(prefix.0))),
@@ -271,7 +293,7 @@ async fn number_of(readers: &Readers, party: &ExposureParty) -> Result<Option<(i
             sqlx::query_scalar::<Database, i64>("SELECT CAST(id AS BIGINT) FROM term WHERE kind = $1 AND text = $2")
                 .bind(TermKind::Principal.number())
                 .bind(principal.to_string())
-                .fetch_optional(readers)
+                .fetch_optional(database)
                 .await?
                 .map(|number| (PRINCIPAL, number))
         }

@@ -4,7 +4,7 @@
 use futures::TryStreamExt;
 use sqlx::Row as _;
 
-use super::{CONCURRENT, Connection, Database, decode, keys, lock_stripes, work_orders};
+use super::{CONCURRENT, Connection, Database, decode, exposure, keys, lock_stripes, work_orders};
 use crate::{
     ReadSet, Reads, RowKind, StoreError,
     batch::RowBatch,
@@ -50,6 +50,7 @@ pub(super) async fn into_set(connection: &mut Connection, reads: &Reads, set: &m
         );
     }
     work_orders::count_of_makers(connection, &reads.work_orders_of, set).await?;
+    exposure::into_set(connection, &reads.exposures, set).await?;
     if reads.clock {
         set.clock = Some(decode::millis(&sqlx::query::<Database>(CLOCK).fetch_one(&mut *connection).await?, 0)?);
     }
