@@ -104,6 +104,8 @@ fn exposures_are_streamed_and_summed_up() {
     let incomplete = server.kms(&["exposure", "show", "--anyone"]);
     assert_eq!(incomplete.status.code(), Some(5));
     assert!(text(&incomplete.stderr).contains("not indexed all rows"), "{}", text(&incomplete.stderr));
+    // The line that a server logs when it is.
+    assert!(text(&incomplete.stderr).contains("`the index of exposures is complete`"), "{}", text(&incomplete.stderr));
 }
 
 #[test]

@@ -27,8 +27,8 @@ pub struct Island {
     /// How many principals were added after the ceremony. If this number has not changed since an
     /// act read all principals, the act knows all of them.
     pub principals_added: u64,
-    /// The index of exposures has repeated all sealed rows once. What it lacks from then on, somebody
-    /// has taken from it.
+    /// The index of exposures has repeated all sealed rows once. What it lacks from then on,
+    /// somebody has taken from it.
     pub exposures_indexed: bool,
     /// When the ceremony made it.
     pub created: UnixMillis,

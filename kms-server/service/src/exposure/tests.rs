@@ -340,6 +340,15 @@ island_tests! {
         let alarms = island.alarms().await;
         assert!(alarms.last().unwrap().starts_with("1 rows of the index") && alarms.len() == 3, "{alarms:?}");
         assert_eq!(island.scrub_findings().await, []);
+
+        // Nor does an island's row that does not verify.
+        sql(&format!("DELETE FROM exposure WHERE owner = {}", meter(1).as_i64())).await;
+        sql("UPDATE exposure_index SET complete = 0").await;
+        sql("UPDATE sealed SET generation = generation + 7 WHERE kind = 6").await;
+        let found = island.scrub_findings().await;
+        sql("UPDATE sealed SET generation = generation - 7 WHERE kind = 6").await;
+        assert!(found.contains(&(1, "exposure-missing".to_owned())), "{found:?}");
+        assert_eq!(complete_index(&island.island).await.unwrap(), 1);
     }
 
     async fn a_repair_that_ends_early_has_recorded_what_it_wrote(island) {
@@ -348,8 +357,8 @@ island_tests! {
             island.expose(number, KeyType::GUEK, &Party::Anyone, ExposureReason::Grant).await;
         }
         sql(&format!("DELETE FROM exposure WHERE owner = {}", meter(1).as_i64())).await;
-        // What anyone knows is compared and written without names, and the walk over the index reads
-        // them.
+        // What anyone knows is compared and written without names, and the walk over the index
+        // reads them.
         sql_any("ALTER TABLE term RENAME COLUMN kind TO away").await;
         let ended = complete_index(&island.island).await;
         sql_any("ALTER TABLE term RENAME COLUMN away TO kind").await;

@@ -25,16 +25,21 @@ pub(crate) struct Standing {
 }
 
 impl Standing {
-    /// Reads both.
+    /// Reads both. An island's row that does not verify, or is gone, switches nothing off: as if
+    /// the index was complete once.
     ///
     /// # Errors
-    /// The database is unavailable, or the island's row does not verify.
+    /// The database is unavailable.
     pub(crate) async fn read(island: &IslandContext) -> Result<Self, ServiceError> {
-        // The mark first: it is set before the row is written, and nobody takes it away.
-        let marked = island.store.exposures_are_complete().await?;
         let (kind, name) = island.row_name();
-        let row = island.open_twice(kind, &name, |row| island.committer.open_island(row)).await?;
-        Ok(Self { marked, sealed: row.is_some_and(|(row, _)| row.exposures_indexed) })
+        let sealed = match island.open_twice(kind, &name, |row| island.committer.open_island(row)).await {
+            Ok(row) => row.is_none_or(|(row, _)| row.exposures_indexed),
+            Err(ServiceError::FailedPrecondition { .. }) => true,
+            Err(other) => return Err(other),
+        };
+        // After the row: another server that completes the index sets the mark before it writes the
+        // row, and no server takes the mark away.
+        Ok(Self { marked: island.store.exposures_are_complete().await?, sealed })
     }
 
     /// Whether there is nothing to complete.

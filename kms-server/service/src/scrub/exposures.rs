@@ -26,7 +26,7 @@ impl<'a> Exposures<'a> {
     /// row says that the index was complete (I5), all is compared.
     ///
     /// # Errors
-    /// The database is unavailable, or the island's row does not verify.
+    /// The database is unavailable.
     pub(super) async fn new(island: &'a IslandContext) -> Result<Self, ServiceError> {
         let standing = Standing::read(island).await?;
         let incomplete = |detail: &str| {
