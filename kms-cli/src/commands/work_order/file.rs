@@ -293,7 +293,7 @@ mod tests {
             (6, "", "3 fields, and the headings are 6"),
             (7, "WO-6", "meters: 4B414D0000000001 occurs twice"),
             (8, "WO-7", "technician: not 1 to 64 octets"),
-            (9, "WO-8", "until: it is more than 31 days"),
+            (9, "WO-8", "until: the end is more than 31 days"),
         ];
         let found = bad(&file);
         assert_eq!(found.len(), expected.len(), "{found:?}");

@@ -160,7 +160,7 @@ island_tests! {
         let caller = scene.caller(&device, &answer);
         let row = scene.t.island.principal(&caller).await.unwrap();
         let facts = kms_authz::facts(&row);
-        assert_eq!((facts.technician.as_deref(), facts.assurance), (Some("Tom Field"), Some(Assurance::Software)));
+        assert_eq!((facts.technician.as_deref(), facts.assurance), (Some("tom field"), Some(Assurance::Software)));
         let days = (row.certificates[0].not_after.0 - IslandContext::now().0) / 86_400_000;
         assert!((6..=7).contains(&days), "{days}");
         assert!(row.transport.is_some() && row.certificates[0].enrolment == kms_domain::Enrolment::OnePerson);
