@@ -149,37 +149,45 @@ impl Meter {
     /// knows values that the meter shares with other owners. In order of parties, security setups,
     /// key types and versions.
     pub fn known_keys(&self, party: Option<&Party>, shared: &SharedExposures) -> Vec<KnownKey> {
-        self.slots.known_keys(party, shared, |slot, version| match self.retired {
-            // No server speaks to it again, under whichever key.
-            Some(retired) => Reach::Closed(retired),
-            None => slot.reach(version),
-        })
+        self.slots.known_keys(party, shared, self.reach())
     }
 
     /// What the index of exposures repeats of the row.
     pub fn indexed_exposures(&self) -> Vec<IndexedExposure> {
-        self.slots.indexed(&self.known_keys(None, &SharedExposures::new()))
+        self.slots.indexed(&self.reach())
     }
 
-    /// Whether the index repeats the same of both rows, without making what it repeats: most writes
-    /// of a row change counters only.
-    pub fn is_indexed_as(&self, before: &Self) -> bool {
-        self.retired == before.retired && self.slots.is_indexed_as(&before.slots)
+    /// What the index repeats of this row and not of an earlier one. Nobody forgets a key, so no
+    /// entry goes. Most writes of a row change counters only, or add a party: then no other party's
+    /// entry is made.
+    pub fn indexed_changes(&self, before: &Self) -> Vec<IndexedExposure> {
+        if self.retired == before.retired && self.slots.differ_by_exposures_only(&before.slots) {
+            self.slots.indexed_of(self.slots.parties_exposed_since(&before.slots), &self.reach())
+        } else {
+            let known = before.indexed_exposures();
+            self.indexed_exposures().into_iter().filter(|entry| !known.contains(entry)).collect()
+        }
+    }
+
+    fn reach(&self) -> impl Fn(&Slot, &KeyVersion) -> Reach {
+        let retired = self.retired;
+        move |slot, version| match retired {
+            // No server speaks to it again, under whichever key.
+            Some(retired) => Reach::Closed(retired),
+            None => slot.reach(version),
+        }
     }
 }
 
 impl Group {
-    /// As [`Meter::known_keys`]. A version that is rolled out is open: members hold it already.
+    /// As [`Meter::known_keys`].
     pub fn known_keys(&self, party: Option<&Party>, shared: &SharedExposures) -> Vec<KnownKey> {
-        self.slots.known_keys(party, shared, |slot, version| match version.state() {
-            KeyState::PreActive => Reach::Open,
-            _ => slot.reach(version),
-        })
+        self.slots.known_keys(party, shared, group_reach)
     }
 
     /// What the index of exposures repeats of the row.
     pub fn indexed_exposures(&self) -> Vec<IndexedExposure> {
-        self.slots.indexed(&self.known_keys(None, &SharedExposures::new()))
+        self.slots.indexed(&group_reach)
     }
 }
 
@@ -191,7 +199,7 @@ impl DeviceType {
 
     /// What the index of exposures repeats of the row.
     pub fn indexed_exposures(&self) -> Vec<IndexedExposure> {
-        self.slots.indexed(&self.known_keys(None, &SharedExposures::new()))
+        self.slots.indexed(&Slot::reach)
     }
 }
 
@@ -293,40 +301,69 @@ impl Slots {
         result
     }
 
-    fn indexed(&self, known: &[KnownKey]) -> Vec<IndexedExposure> {
-        let mut entries: Vec<IndexedExposure> = Vec::new();
-        let mut add = |party: IndexedParty, newest: UnixMillis, open: bool| {
-            let open = u32::from(open);
-            match entries.iter_mut().find(|entry| entry.party == party) {
-                Some(entry) => {
-                    entry.slots += 1;
-                    entry.open += open;
-                    entry.newest = entry.newest.max(newest);
-                }
-                None => entries.push(IndexedExposure { party, slots: 1, open, newest }),
-            }
-        };
-        // The versions of one slot that one party knows follow each other.
-        let same_slot = |one: &KnownKey, other: &KnownKey| {
-            (&one.party, one.setup, one.key_type) == (&other.party, other.setup, other.key_type)
-        };
-        for of_slot in known.chunk_by(same_slot) {
-            let Some(party) = of_slot.first().and_then(|one| IndexedParty::of(&one.party)) else { continue };
-            let newest = of_slot.iter().map(|one| one.since).max().unwrap_or_default();
-            add(party, newest, of_slot.iter().any(|one| one.reach == Reach::Open));
-        }
+    /// What the index repeats: of all parties, and of key values that several slots share.
+    fn indexed(&self, reach: &impl Fn(&Slot, &KeyVersion) -> Reach) -> Vec<IndexedExposure> {
+        let mut entries = self.indexed_of(self.parties(&SharedExposures::new()), reach);
+        let of_parties = entries.len();
         for slot in self.iter() {
             let mut values: Vec<CounterDomainId> = slot.versions().iter().filter_map(KeyVersion::domain).collect();
             values.sort_unstable();
             values.dedup();
-            for value in values {
-                add(IndexedParty::KeyValue(value), UnixMillis::default(), false);
+            for party in values.into_iter().map(IndexedParty::KeyValue) {
+                match entries.iter_mut().skip(of_parties).find(|entry| entry.party == party) {
+                    Some(entry) => entry.slots += 1,
+                    None => {
+                        entries.push(IndexedExposure { party, slots: 1, open: 0, newest: UnixMillis::default() });
+                    }
+                }
             }
         }
         entries
     }
 
-    fn is_indexed_as(&self, before: &Self) -> bool {
+    /// What the index repeats of these parties.
+    fn indexed_of(&self, parties: Vec<&Party>, reach: &impl Fn(&Slot, &KeyVersion) -> Reach) -> Vec<IndexedExposure> {
+        let nothing_shared = SharedExposures::new();
+        let entry = |party: &Party| {
+            let indexed = IndexedParty::of(party)?;
+            let found = self.found_by(party, &nothing_shared);
+            let newest = found.iter().map(|one| one.since).max()?;
+            let (mut slots, mut open) = (0, 0);
+            // The versions of one slot follow each other.
+            let same_slot = |one: &Found<'_>, other: &Found<'_>| {
+                (one.slot.setup(), one.slot.key_type()) == (other.slot.setup(), other.slot.key_type())
+            };
+            for of_slot in found.chunk_by(same_slot) {
+                slots += 1;
+                open += u32::from(of_slot.iter().any(|one| reach(one.slot, one.version) == Reach::Open));
+            }
+            Some(IndexedExposure { party: indexed, slots, open, newest })
+        };
+        parties.into_iter().filter_map(entry).collect()
+    }
+
+    /// The parties of exposures that one of two rows has and the other has not. The rows have the
+    /// same versions.
+    fn parties_exposed_since<'a>(&'a self, before: &'a Self) -> Vec<&'a Party> {
+        let mut parties = Vec::new();
+        let versions = self.iter().flat_map(Slot::versions).zip(before.iter().flat_map(Slot::versions));
+        for (version, before) in versions {
+            let (now, then) = (version.exposures(), before.exposures());
+            if now == then {
+                continue;
+            }
+            let differ = now.iter().filter(|one| !then.contains(one));
+            for one in differ.chain(then.iter().filter(|one| !now.contains(one))) {
+                if !parties.contains(&&one.party) {
+                    parties.push(&one.party);
+                }
+            }
+        }
+        parties
+    }
+
+    /// Whether all is the same that decides what the index repeats, but exposures.
+    fn differ_by_exposures_only(&self, before: &Self) -> bool {
         let mut slots = self.iter().zip(before.iter());
         self.iter().count() == before.iter().count()
             && slots.all(|(slot, before)| {
@@ -337,10 +374,18 @@ impl Slots {
                         let (now, then) = (version.transport(), before.transport());
                         (version.number(), version.state(), version.since(), version.candidate(), version.domain())
                             == (before.number(), before.state(), before.since(), before.candidate(), before.domain())
+                            && version.is_blank() == before.is_blank()
                             && (now.left, now.confirmed, now.kek) == (then.left, then.confirmed, then.kek)
-                            && version.exposures() == before.exposures()
                     })
             })
+    }
+}
+
+/// A version that is rolled out is open: members hold it already.
+fn group_reach(slot: &Slot, version: &KeyVersion) -> Reach {
+    match version.state() {
+        KeyState::PreActive => Reach::Open,
+        _ => slot.reach(version),
     }
 }
 

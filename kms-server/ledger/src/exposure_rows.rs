@@ -20,10 +20,9 @@ pub(super) fn exposure_rows(value: &Value) -> Vec<ExposureRow> {
 
 /// What changes in the index when `before` becomes `after`. Nobody forgets a key, so no row goes.
 pub(super) fn changed_exposure_rows(before: Option<&Value>, after: &Value) -> Vec<ExposureRow> {
-    if let (Some(Value::Meter(before)), Value::Meter(after)) = (before, after)
-        && after.is_indexed_as(before)
-    {
-        return Vec::new();
+    if let (Some(Value::Meter(before)), Value::Meter(after)) = (before, after) {
+        let owner = ExposureOwner::Owner(after.owner());
+        return after.indexed_changes(before).into_iter().map(|exposure| row(owner, exposure)).collect();
     }
     let known = before.map(exposure_rows).unwrap_or_default();
     let mut rows = exposure_rows(after);

@@ -91,6 +91,17 @@ impl BatchRow<'_> {
         }
     }
 
+    /// An array of integers: one place.
+    pub(crate) fn ints(&mut self, values: &[i64]) -> &mut Self {
+        self.separate();
+        self.batch.json.push('[');
+        for (index, value) in values.iter().enumerate() {
+            let _ = write!(self.batch.json, "{}{value}", if index == 0 { "" } else { "," });
+        }
+        self.batch.json.push(']');
+        self
+    }
+
     /// Text: one place. PostgreSQL's text cannot hold NUL, so NUL is replaced.
     pub(crate) fn text(&mut self, value: &str) -> &mut Self {
         self.separate();

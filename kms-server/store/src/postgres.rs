@@ -22,6 +22,13 @@ macro_rules! rows {
     };
 }
 
+/// The FROM item over the integers of an array that `$of` is.
+macro_rules! integers {
+    ($of:literal) => {
+        concat!("jsonb_array_elements(", $of, ") AS i(value)")
+    };
+}
+
 /// The FROM item over integer keys.
 macro_rules! keys {
     () => {

@@ -1,6 +1,6 @@
 //! The index of exposures: written with the sealed rows that it repeats, and read for questions.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use kms_domain::{PrincipalId, UnixMillis};
 use sqlx::{Executor, Pool, QueryBuilder, Row as _};
@@ -38,19 +38,25 @@ pub(super) async fn write(connection: &mut Connection, changes: &Changes, number
                 (ExposureCursor { party_kind: kind, party, owner_kind, owner }, row)
             })
             .collect();
-        // In order of the index, so that neighbours are written together.
         rows.sort_unstable_by_key(|(place, _)| *place);
         rows.dedup_by_key(|(place, _)| *place);
-        let batch = RowBatch::of(&rows, |to, (place, row)| {
-            to.int(place.party_kind)
-                .int(place.party)
-                .int(place.owner_kind)
-                .int(place.owner)
-                .int(i64::from(row.slots))
-                .int(i64::from(row.open))
-                .int(row.newest.0);
+        let written = rows.len() as u64;
+        // The rows of one act differ by their owners only. These are in order of the index, so that
+        // neighbours are written together.
+        let mut groups: BTreeMap<_, Vec<i64>> = BTreeMap::new();
+        for (place, row) in rows {
+            let same = (place.party_kind, place.party, place.owner_kind, row.slots, row.open, row.newest.0);
+            groups.entry(same).or_default().push(place.owner);
+        }
+        let batch = RowBatch::of(&groups, |to, ((party_kind, party, owner_kind, slots, open, newest), owners)| {
+            to.int(*party_kind)
+                .int(*party)
+                .int(*owner_kind)
+                .int(i64::from(*slots))
+                .int(i64::from(*open))
+                .int(*newest)
+                .ints(owners);
         });
-        let written = batch.rows();
         let done =
             sqlx::query::<Database>(PUT_EXPOSURES).bind(batch.into_parameters().0).execute(&mut *connection).await?;
         count(written, done.rows_affected(), Table::Exposures)?;
@@ -301,22 +307,22 @@ async fn number_of(
 }
 
 const PUT_EXPOSURES: &str = concat!(
-    "INSERT INTO exposure (party_kind, party, owner_kind, owner, slots, open, newest_ms) SELECT ",
+    "INSERT INTO exposure (party_kind, party, owner_kind, owner, slots, open, newest_ms) WITH g AS MATERIALIZED (SELECT ",
     int!(0),
-    ", ",
+    " AS party_kind, ",
     int!(1),
-    ", ",
+    " AS party, ",
     int!(2),
-    ", ",
+    " AS owner_kind, ",
     int!(3),
-    ", ",
+    " AS slots, ",
     int!(4),
-    ", ",
+    " AS open, ",
     int!(5),
-    ", ",
-    int!(6),
-    " FROM ",
+    " AS newest_ms, j.value->6 AS owners FROM ",
     rows!(),
+    ") SELECT g.party_kind, g.party, g.owner_kind, CAST(i.value AS BIGINT), g.slots, g.open, g.newest_ms FROM g, ",
+    integers!("g.owners"),
     " WHERE true ON CONFLICT (party_kind, party, owner_kind, owner) DO UPDATE SET slots = excluded.slots, open = excluded.open, newest_ms = excluded.newest_ms"
 );
 
