@@ -213,8 +213,8 @@ async fn call_all(caller: &Connection) -> Vec<(&'static str, &'static str, Resul
         technician: "Ida Technician".to_owned(),
         meters: vec![meter()],
         tasks: vec!["read".to_owned()],
-        from_ms: 1,
-        until_ms: 2,
+        from_ms: crate::now_ms(),
+        until_ms: crate::now_ms() + 3_600_000,
         place: String::new(),
     };
     let order = || "WO-1".to_owned();

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::now_ms;
 use kms_client::{Connection, KeyType, SystemTitle, new_request_id, proto};
 use kms_store_testing::TestDatabase;
 use kms_tests::{DevServer, TestModule, terms};
@@ -180,8 +181,4 @@ async fn findings(mut answers: tonic::Streaming<proto::ScrubResponse>) -> Vec<pr
 
 fn request_id() -> bytes::Bytes {
     new_request_id().octets().to_vec().into()
-}
-
-fn now_ms() -> i64 {
-    i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis()).unwrap()
 }

@@ -13,3 +13,8 @@ mod i6_one_key;
 mod i6_proposals;
 mod i6_two_people;
 mod i8_default_deny;
+
+/// The time of this machine, in milliseconds since 1970.
+fn now_ms() -> i64 {
+    i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis()).unwrap()
+}
