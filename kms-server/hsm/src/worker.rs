@@ -130,19 +130,21 @@ impl Worker {
         match error.code().and_then(|code| Some((code, refuses_wrapped_key(code)?))) {
             Some((code, Certainty::Sure)) => Err(HsmError::WrappedKeyInvalid { code }),
             // Some modules answer GENERAL_ERROR or DEVICE_ERROR to wrong data; all modules do when
-            // they fail. The data counts as refused only if the HSM can unwrap a key of its own
-            // now, and refuses the data a second time.
+            // they fail. The data counts as refused only if the HSM refuses it again and again, and
+            // unwraps a key of its own between any two refusals: an HSM that fails now and then
+            // seldom fails just so.
             Some((code, Certainty::Ambiguous)) => {
-                if self.unwraps_a_key_of_its_own().is_err() {
-                    return Err(error);
-                }
-                match self.session.unwrap(mechanism, kek, wrapped, template) {
-                    Ok(object) => Ok(Temporary::new(&self.session, object)),
-                    Err(again) if again.code().and_then(refuses_wrapped_key).is_some() => {
-                        Err(HsmError::WrappedKeyInvalid { code })
+                for _ in 1..REFUSALS {
+                    if self.unwraps_a_key_of_its_own().is_err() {
+                        return Err(error);
                     }
-                    Err(again) => Err(again),
+                    match self.session.unwrap(mechanism, kek, wrapped, template) {
+                        Ok(object) => return Ok(Temporary::new(&self.session, object)),
+                        Err(again) if again.code().and_then(refuses_wrapped_key).is_some() => {}
+                        Err(again) => return Err(again),
+                    }
                 }
+                Err(HsmError::WrappedKeyInvalid { code })
             }
             None => Err(error),
         }
@@ -322,6 +324,9 @@ fn shape_name(shape: KeyShape) -> &'static str {
     }
 }
 
+/// How often an HSM has to refuse a wrapped key before the key is to blame, if its answer can also
+/// mean that the HSM fails.
+const REFUSALS: usize = 3;
 const SHORTEST_SECRET: usize = 16;
 const LONGEST_SECRET: usize = 256;
 const LONGEST_WRAPPED: usize = LONGEST_SECRET + 8 + 16;
