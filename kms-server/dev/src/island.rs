@@ -363,11 +363,12 @@ impl State {
             "
 Try next, in another terminal:
 
-    cargo run --release --bin kms --{state} meter list
-    cargo run --release --bin kms --{state} --profile {HEAD_END} session open 4B414D0000000002 --client-title {CLIENT_TITLE}
-    cargo run --release --bin kms --{state} audit list
-    cargo run --release --bin kms --{state} hsm check
-    cargo run --release --bin kms --{state} --help
+    cargo build --release --config tests/build.toml --bin kms
+    target/release/kms{state} meter list
+    target/release/kms{state} --profile {HEAD_END} session open 4B414D0000000002 --client-title {CLIENT_TITLE}
+    target/release/kms{state} audit list
+    target/release/kms{state} hsm check
+    target/release/kms{state} --help
 
 Identities are in {}/profiles. Serving on {address}; Ctrl-C ends it.",
             self.root.display()
